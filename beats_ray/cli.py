@@ -1,0 +1,325 @@
+"""The `beats-ray` command: `beats-ray COMMAND [CONFIG.yaml] [section.field=value ...]`.
+
+Thin: each subcommand reads its config, checks what can be checked at once, opens the cluster, and calls one function
+of the package. Ray and PyTorch are imported only where a job starts, so that `--help` and every mistake answer at once.
+Exit status: 0 done, 1 failed, 2 the user's mistake (one line on stderr), 130 stopped with Ctrl-C.
+"""
+
+import difflib
+import importlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+import yaml
+
+from beats_ray import __version__, config
+from beats_ray.config import Job, UserError, load_config
+from beats_ray.console import Console
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.\-]*=")
+SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand that takes a config and runs a job on the cluster."""
+
+    kind: type[Job]
+    entry: str
+    """`module:function` below `beats_ray`; called with the config and the console, returns (label, uri) pairs."""
+    help: str
+    needs: tuple[str, ...] = ()
+    """Fields that must be set to something that exists; `a|b` means one of the two."""
+
+
+COMMANDS = {
+    "pretrain": Command(
+        config.PretrainConfig,
+        "train.jobs:run_pretrain",
+        "Pre-train an encoder on masked tokenizer labels.",
+        ("data.path", "tokenizer|labels"),
+    ),
+    "train-tokenizer": Command(
+        config.DistillConfig,
+        "train.jobs:run_distill",
+        "Distil an encoder into the next iteration's tokenizer.",
+        ("data.path", "teacher"),
+    ),
+    "tokenize": Command(
+        config.TokenizeConfig,
+        "tokenize:run_tokenize",
+        "Compute the patch labels of a whole data set.",
+        ("data.path", "tokenizer"),
+    ),
+    "finetune": Command(
+        config.FinetuneConfig,
+        "train.jobs:run_finetune",
+        "Fine-tune an encoder into a classifier.",
+        ("data.path", "encoder"),
+    ),
+    "sweep": Command(
+        config.SweepConfig,
+        "tune.sweep:run_sweep",
+        "Search fine-tuning settings with Ray Tune.",
+        ("data.path", "encoder"),
+    ),
+    "iterate": Command(
+        config.IterateConfig,
+        "iterate:run_iterate",
+        "Run whole BEATs iterations, from where they stopped.",
+        ("data.path",),
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig,
+        "evaluate:run_evaluate",
+        "Evaluate a published encoder or classifier.",
+        ("data.path", "model"),
+    ),
+}
+
+
+class _Group(click.Group):
+    """Commands in the order of a project's life, and the nearest name for a mistyped one."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return ["demo", "prepare", *COMMANDS, "predict", "report"]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.commands, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(self.list_commands(ctx))}"
+            raise UserError(f"unknown command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="beats-ray")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Pre-train BEATs audio encoders and fine-tune them on a Ray cluster.
+
+    Every command takes settings as a YAML file, as section.field=value, or both. Paths are local or s3://bucket/key;
+    endpoint and keys of the object store come from the standard AWS environment variables.
+    """
+    if context.invoked_subcommand is None:
+        raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
+
+
+def _add(name: str, command: Command) -> None:
+    @cli.command(name, help=command.help, epilog=_describe_fields(command.kind))
+    @click.argument("arguments", metavar="[CONFIG.yaml] [section.field=value ...]", nargs=-1)
+    @click.option("--show-config", is_flag=True, help="Print the complete settings as YAML and stop.")
+    def run_command(arguments: tuple[str, ...], show_config: bool) -> None:
+        paths, overrides = split_arguments(arguments)
+        if len(paths) > 1:
+            raise UserError(f"{name} takes one config file, got {' '.join(paths)}; settings are section.field=value")
+        settings = load_config(command.kind, paths[0] if paths else None, overrides)
+        if show_config:
+            click.echo(to_yaml(settings), nl=False)
+            return
+        for need in command.needs:
+            _check_place(settings, need)
+        _run_on_cluster(settings, lambda console: _load(command.entry)(settings, console))
+
+
+@cli.command(epilog="Settings of the run, as in `iterate`: pretrain.train.steps=200, sweep.num_trials=4, ...")
+@click.argument("overrides", metavar="[section.field=value ...]", nargs=-1)
+@click.option("--data", metavar="DIR|s3://...", help="Folder in ESC-50's layout; without it, sample clips are made.")
+@click.option("--budget", metavar="MIN", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True,
+              help="Minutes that the run is scaled to.")  # fmt: skip
+@click.option("--output", metavar="DIR", default="runs/demo", show_default=True, help="Folder of the run.")
+def demo(overrides: tuple[str, ...], data: str | None, budget: float, output: str) -> None:
+    """Run the whole chain, small, on this machine."""
+    paths, changes = split_arguments(overrides)
+    if paths:
+        raise UserError(f"demo: {paths[0]!r} is neither an option nor section.field=value; a data folder is --data DIR")
+    if data is not None:
+        _require_exists("--data", data)
+    console = Console()
+    try:
+        console.written(_load("demo:run_demo")(data, budget, output, changes, console))
+    finally:
+        console.close()
+
+
+@cli.command(epilog="KIND is the layout of the source: esc50.")
+@click.argument("arguments", metavar="KIND SRC DST [section.field=value ...]", nargs=-1)
+def prepare(arguments: tuple[str, ...]) -> None:
+    """Turn raw clips into checked 16 kHz shards."""
+    paths, overrides = split_arguments(arguments)
+    if len(paths) == 3:
+        kind, source, output = paths
+        settings = load_config(config.PrepareConfig, None, overrides, kind=kind, source=source, output=output)
+    elif arguments and (not paths or (len(paths) == 1 and paths[0].endswith((".yaml", ".yml")))):
+        settings = load_config(config.PrepareConfig, paths[0] if paths else None, overrides)
+    else:
+        raise UserError(f"prepare takes KIND SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
+    _require_exists("source", settings.source)
+
+    def job(console: Console) -> list[tuple[str, str]]:
+        console.stage(f"prepare {settings.source}")
+        _load("data.prepare:prepare")(settings, console.progress)
+        return [("data set", settings.output)]
+
+    _run_on_cluster(settings, job)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True, help="Labels shown for each file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def predict(model: str, files: tuple[str, ...], top_k: int, as_json: bool) -> None:
+    """Name what is heard in audio files."""
+    for name, path in [("model", model), *(("file", file) for file in files)]:
+        _require_exists(name, path)
+    _load("predict:run_predict")(model, list(files), top_k, as_json)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN")
+def report(run_folder: str) -> None:
+    """Write report.html of a run, finished or not."""
+    _require_exists("run", run_folder)
+    Console().written(_load("report:write_report")(run_folder))
+
+
+def split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Plain arguments and `section.field=value` overrides, each in their order."""
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    return [argument for argument in arguments if not OVERRIDE.match(argument)], overrides
+
+
+def to_yaml(settings: config.Section) -> str:
+    """The complete settings, in a form that `load_config` reads back to the same."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _describe_fields(kind: type[config.Section], prefix: str = "") -> str:
+    lines = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, config.Section):
+            lines.append(_describe_fields(type(field.default), f"{prefix}{name}."))
+        else:
+            default = "" if field.is_required() else f" [{field.default}]" if field.default not in ("", {}, ()) else ""
+            text = (field.description or "").replace("\n", " ").split(". ")[0].split(";")[0].rstrip(".")
+            lines.append(f"  {prefix}{name}{default if len(default) < 30 else ''}  {text}")
+    return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
+
+
+def _load(entry: str) -> Callable[..., Any]:
+    module, function = entry.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(f"beats_ray.{module}"), function)
+    return loaded
+
+
+def _run_on_cluster(settings: Job, job: Callable[[Console], list[tuple[str, str]]]) -> None:
+    console = Console()
+    try:
+        console.stage("start Ray")
+        with _load("launch:ray_cluster")(settings.ray):
+            written = job(console)
+        console.written(written)
+    finally:
+        console.close()
+
+
+def _check_place(settings: Job, need: str) -> None:
+    values = {}
+    for name in need.split("|"):
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    if not any(values.values()):
+        choice = " or ".join(values)
+        raise UserError(f"{choice}: missing; set it in the config file or as {next(iter(values))}=PATH")
+    for name, value in values.items():
+        if name == "data.path" and value:
+            from beats_ray.data.manifest import read_manifest
+            from beats_ray.data.storage import open_place
+
+            read_manifest(open_place(value))
+        elif value:
+            _require_exists(name, value)
+
+
+def _require_exists(name: str, path: str) -> None:
+    from beats_ray.data.storage import open_place
+
+    if not open_place(path).exists():
+        raise UserError(f"{name}={path}: does not exist; check the path")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit status; all output to the user happens here or in the job."""
+    try:
+        outcome = cli.main(arguments, prog_name="beats-ray", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except click.ClickException as error:
+        return _complain(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("beats-ray: interrupted", err=True)
+        return 130
+    except Exception as error:  # noqa: BLE001  # the outermost place: everything becomes an exit status here
+        mistake = find_user_error(error)
+        if mistake is not None:
+            return _complain(str(mistake))
+        click.echo(without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)
+        return 1
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error that a Ray task or worker may have wrapped."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)  # RayTaskError
+        if isinstance(current, UserError) and not isinstance(cause, BaseException):
+            return current
+        failures = getattr(current, "worker_failures", None)  # Ray Train
+        waiting += [cause, *(failures.values() if isinstance(failures, dict) else ()), current.__cause__]
+    return None
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the values of the object store's keys, wherever an exception may have put them."""
+    for name in SECRET_VARIABLES:
+        secret = os.environ.get(name, "")
+        if len(secret) >= 4:
+            text = text.replace(secret, f"<{name}>")
+    return text
+
+
+def _complain(message: str) -> int:
+    line = " ".join(without_secrets(message).split())
+    click.echo(f"beats-ray: error: {line}", err=True)
+    return 2
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise SystemExit(143)  # `ray job stop` and `kill` unwind everything, as Ctrl-C does
+
+
+def run() -> NoReturn:
+    """The `beats-ray` script."""
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(main())
+
+
+for _name, _command in COMMANDS.items():
+    _add(_name, _command)

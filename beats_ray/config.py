@@ -1,0 +1,423 @@
+"""Typed configuration: frozen pydantic models, YAML files and `section.field=value` overrides.
+
+One job, one config class: `PrepareConfig`, `PretrainConfig`, `DistillConfig`, `TokenizeConfig`, `FinetuneConfig`,
+`SweepConfig`, `EvaluateConfig`, `IterateConfig`. The classes share their sections, so `train.steps` means the same
+thing everywhere. `load_config` is the one way in; it turns every mistake into a `ConfigError` of one line that names
+the field, the value, the rule and the remedy.
+
+    config = load_config(PretrainConfig, "jobs/pretrain.yaml", ["train.steps=1000", "encoder.preset=tiny"])
+
+Paths are local or `s3://bucket/key`. Keys and endpoints of object stores never appear here: they come from the
+standard AWS environment variables.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from beats_ray.models.config import ENCODER_PRESETS, EncoderConfig, encoder_config
+from beats_ray.settings import (
+    ConfigError,
+    Section,
+    UserError,
+    field_names,
+    fingerprint,
+    load_config,
+    replace,
+    validate,
+)
+
+__all__ = [  # the mechanism, imported from here by the rest of the package; the settings follow
+    "ConfigError",
+    "Section",
+    "UserError",
+    "field_names",
+    "fingerprint",
+    "load_config",
+    "replace",
+    "validate",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+# --- shared sections ------------------------------------------------------------------------------------------------
+
+
+class RaySettings(Section):
+    address: str = "auto"
+    """Cluster to use: `auto` joins the running cluster (the one of `ray job submit`, or RAY_ADDRESS) and starts a
+    private one on this machine where there is none; `local` always starts a private one."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a private cluster; default twice the cores, so that light tasks never wait for trainers."""
+    object_store_mib: PositiveInt = 1024
+    """Shared-memory object store of a private cluster, MiB."""
+
+
+class PrepareSettings(Section):
+    max_bad_clip_fraction: Fraction = 0.01
+    """`prepare` fails when more than this fraction of the input files had to be quarantined."""
+    shard_mib: PositiveFloat = 256.0
+    """Target size of one Parquet shard, MiB."""
+    row_group_clips: PositiveInt = 64
+    """Clips in one Parquet row group: the unit of one range read during training."""
+    max_clip_seconds: PositiveFloat = 30.0
+    """Longer recordings are cut into clips of at most this length."""
+
+
+class StreamSettings(Section):
+    path: str = ""
+    """Prepared data set: the folder that holds `dataset.json`."""
+    clip_seconds: PositiveFloat = 10.0
+    """Length of a training example; longer clips are cropped at random, shorter ones padded. Paper: 10 s."""
+    folds: tuple[int, ...] = ()
+    """Folds to train on; empty means all."""
+    splits: tuple[str, ...] = ()
+    """Splits to train on; empty means all."""
+    shuffle_window_clips: PositiveInt = 1024
+    """Clips that are shuffled together, drawn from row groups taken in a random order over the whole data set."""
+    prefetch_batches: NonNegativeInt = 2
+    """Micro-batches that wait, ready, in front of each worker."""
+    read_tasks: PositiveInt = 2
+    """Tasks that read shards at one time; each needs a quarter of a logical CPU."""
+    decode_cpus: PositiveFloat = 1.0
+    """Logical CPUs of one decode task; as many tasks run as the training workers leave room for."""
+    buffer_mib: PositiveInt = 256
+    """Object-store memory that the stream may fill for each training worker, MiB."""
+
+
+class EncoderSettings(Section):
+    preset: str = "base"
+    """Encoder size: tiny, mini, small, base (the paper's) or large."""
+    positions: Literal["true", "compact"] = "true"
+    """`true` keeps each visible patch's place in the grid; `compact` packs the visible patches (the public recipe)."""
+    overrides: dict[str, int | float | bool] = {}
+    """Single fields of the preset replaced, e.g. `encoder.overrides.num_layers=6`."""
+
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _yaml_true(cls, value: Any) -> Any:
+        return "true" if value is True else value  # what YAML makes of an unquoted `positions: true`
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        if self.preset not in ENCODER_PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not one of {', '.join(ENCODER_PRESETS)}")
+        try:
+            self.resolve()
+        except ValueError as error:
+            raise ValueError(f"overrides: {error}") from None
+        return self
+
+    def resolve(self) -> EncoderConfig:
+        """The full encoder configuration: preset with overrides."""
+        return encoder_config(self.preset, **self.overrides)
+
+
+class MaskingSettings(Section):
+    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
+    """Fraction of a clip's patches hidden from the encoder. Paper: 0.75."""
+    block_size: PositiveInt = 1
+    """Side of the square blocks that are masked together, in patches; 1 masks single patches. Paper: 1."""
+    max_targets: PositiveInt | None = None
+    """Predict only this many of a clip's masked patches, drawn at random; none means all of them. Paper: all."""
+
+
+class PredictorSettings(Section):
+    num_layers: NonNegativeInt = 3
+    """Transformer layers of the label predictor (ESPnet's statement of the paper's setting)."""
+    mask_vector: Literal["zero", "learned"] = "learned"
+    """What stands at a masked place in the label predictor's input."""
+
+
+class RandomProjectionSettings(Section):
+    num_codes: PositiveInt = 1024
+    """Size of the frozen random codebook. Paper: 1024."""
+    code_dim: PositiveInt = 256
+    """Width of a code. Paper: 256."""
+    normalization: Literal["none", "l2", "standardize"] = "l2"
+    """How patch projections and codes are normalised before the nearest code is looked up."""
+    seed: int = 0
+    """Seed of the frozen projection and codebook."""
+
+
+class TokenizerSettings(Section):
+    num_codes: PositiveInt = 1024
+    """Codes of the learned codebook. Paper: 1024."""
+    code_dim: PositiveInt = 256
+    """Width of a code. Paper: 256."""
+    ema_decay: Fraction = 0.99
+    """Decay of the codebook's moving averages. Paper: 0.99."""
+    init_batches: PositiveInt = 4
+    """First micro-batches on which the codebook is fitted by k-means, each time on all that were seen so far."""
+    commitment_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the commitment term beside the cosine distillation term."""
+    restart_below: Annotated[float, Field(ge=0.0)] = 0.0
+    """Codes whose average use falls below this move onto a patch of the batch; 0 turns it off. Paper: off."""
+    teacher_layer: NonNegativeInt | None = None
+    """Encoder layer whose patch outputs are distilled; none means the last."""
+
+
+class TrainSettings(Section):
+    steps: PositiveInt = 400_000
+    """Optimizer steps. Paper: 400k for pre-training and for tokenizers."""
+    warmup_steps: NonNegativeInt = 32_000
+    """Steps of linear learning-rate warm-up; at most `steps`. Paper: 32k."""
+    learning_rate: PositiveFloat = 5e-4
+    """Peak learning rate. Paper: 5e-4 for pre-training."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up, to zero (or none). Paper: linear."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's decay rates. Paper (E): 0.9, 0.98."""
+    epsilon: PositiveFloat = 1e-12
+    """AdamW's epsilon. Paper (E): 1e-12."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay, not applied to biases and norms. Paper (E): 0.01."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor on the learning rate for each layer further from the output; 1 turns it off."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping by global norm. Paper (E): 1.0."""
+    global_batch_size: PositiveInt = 560
+    """Clips in one optimizer step over all workers. Paper: about 560 clips of 10 s for pre-training."""
+    micro_batch_size: PositiveInt = 8
+    """Clips in one forward pass on one worker; accumulation follows from the global batch size."""
+    num_workers: PositiveInt = 1
+    """Ray Train workers (data parallel)."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs reserved for a worker."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; master weights are fp32 always."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass."""
+    deepspeed: dict[str, Any] = {}
+    """Extra DeepSpeed settings, merged deep; keys that this section derives are refused."""
+    seed: int = 0
+    """Seed of initialisation, masks, augmentation and data order."""
+    log_every_steps: PositiveInt = 10
+    """Steps between two metric reports: the only moments at which the host waits for the device."""
+    checkpoint_every_steps: PositiveInt = 1000
+    """Steps between two resume checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Resume checkpoints that stay on storage."""
+    max_failures: NonNegativeInt = 3
+    """Worker failures after which the run gives up."""
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Self:
+        clips = self.micro_batch_size * self.num_workers
+        if self.global_batch_size % clips:
+            nearest = max(1, round(self.global_batch_size / clips)) * clips
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size "
+                f"({self.micro_batch_size}) x num_workers ({self.num_workers}) = {clips}; use {nearest}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; use at most {self.steps}"
+            )
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision=bf16 with zero_stage=0 keeps no fp32 master weights and drifts; "
+                "use zero_stage=1 or precision=fp32"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that one worker accumulates in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+
+class AugmentSettings(Section):
+    mixup: Annotated[float, Field(ge=0.0)] = 0.8
+    """Alpha of waveform mixup's Beta distribution; 0 turns it off. Paper: 0.8 on AudioSet."""
+    roll_seconds: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest circular shift of the waveform, seconds."""
+    time_mask_fraction: Fraction = 0.06
+    """Longest time mask as a fraction of the clip."""
+    freq_mask_bins: NonNegativeInt = 24
+    """Widest frequency mask, mel bins (of 128)."""
+
+
+class FoldSettings(Section):
+    test_fold: int = 1
+    """Held-out fold: evaluated once, never used to choose anything. -1 keeps none apart."""
+    validation_fold: int = 2
+    """Fold that early stopping and model selection look at."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.test_fold == self.validation_fold:
+            raise ValueError(f"validation_fold={self.validation_fold} is also the test fold; choose another fold")
+        return self
+
+
+class SearchParameter(Section):
+    distribution: Literal["uniform", "loguniform", "choice"]
+    """How values are drawn."""
+    low: float | None = None
+    """Smallest value (uniform, loguniform)."""
+    high: float | None = None
+    """Largest value (uniform, loguniform)."""
+    values: tuple[float | int | str | bool, ...] = ()
+    """Values to choose from (choice)."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.distribution == "choice":
+            if not self.values:
+                raise ValueError("values is empty; list at least one value to choose from")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError(f"low={self.low}, high={self.high} is an empty range; give low < high")
+        elif self.distribution == "loguniform" and self.low <= 0:
+            raise ValueError(f"low={self.low} must be positive for loguniform")
+        return self
+
+
+# --- settings of the stages, nested in `iterate` ----------------------------------------------------------------------
+
+
+class PretrainSettings(Section):
+    encoder: EncoderSettings = EncoderSettings()
+    masking: MaskingSettings = MaskingSettings()
+    predictor: PredictorSettings = PredictorSettings()
+    train: TrainSettings = TrainSettings()
+
+
+class DistillSettings(Section):
+    encoder: EncoderSettings = EncoderSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    train: TrainSettings = TrainSettings(learning_rate=5e-5, global_batch_size=144)
+
+
+class FinetuneSettings(Section):
+    folds: FoldSettings = FoldSettings()
+    augment: AugmentSettings = AugmentSettings()
+    label_smoothing: Fraction = 0.1
+    """Share of the target that is spread over all classes (single-label data)."""
+    dropout: Fraction = 0.0
+    """Dropout in the encoder's layers. Paper: 0."""
+    layer_drop: Fraction = 0.1
+    """Probability of skipping an encoder layer during training. Paper: 0.1."""
+    validate_every_steps: PositiveInt = 100
+    """Optimizer steps between two evaluations on the validation fold: the unit of early stopping."""
+    train: TrainSettings = TrainSettings(
+        steps=6000, warmup_steps=600, learning_rate=1e-4, layer_decay=0.6, global_batch_size=64, zero_stage=1
+    )
+
+
+class SweepSettings(Section):
+    num_trials: PositiveInt = 8
+    """Trials to run."""
+    max_concurrent_trials: PositiveInt = 2
+    """Trials at one time."""
+    search: Literal["optuna", "random"] = "optuna"
+    """Searcher that proposes the next trial."""
+    grace_validations: PositiveInt = 1
+    """Validations that every trial gets before ASHA may stop it."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    """ASHA: one trial in this many goes on at each rung."""
+    space: dict[str, SearchParameter] = {
+        "train.learning_rate": SearchParameter(distribution="loguniform", low=1e-4, high=3e-3),
+        "train.layer_decay": SearchParameter(distribution="choice", values=(0.4, 0.6, 0.8, 1.0)),
+        "augment.mixup": SearchParameter(distribution="choice", values=(0.0, 0.4, 0.8)),
+    }
+    """What is searched: fields of the fine-tuning settings by their dotted names."""
+    seed: int = 0
+    """Seed of the searcher."""
+
+
+class ProbeSettings(Section):
+    c: PositiveFloat = 1.0
+    """Inverse regularisation strength of the logistic regression."""
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Job(Section):
+    """What every command's config has."""
+
+    output: Annotated[str, Field(min_length=1)]
+    """Where the job writes: a folder, local or s3://."""
+    ray: RaySettings = RaySettings()
+
+
+class PrepareConfig(Job):
+    kind: Literal["esc50"] = "esc50"
+    """Layout of the source."""
+    source: Annotated[str, Field(min_length=1)]
+    """Folder of the raw clips, local or s3://."""
+    data: PrepareSettings = PrepareSettings()
+
+
+class PretrainConfig(Job, PretrainSettings):
+    data: StreamSettings = StreamSettings()
+    tokenizer: str = ""
+    """Published tokenizer whose labels are predicted; computed on the fly where `labels` is empty."""
+    labels: str = ""
+    """Labels stage: patch labels that `tokenize` wrote for `data.path`."""
+
+
+class DistillConfig(Job, DistillSettings):
+    data: StreamSettings = StreamSettings()
+    teacher: str = ""
+    """Published encoder (or classifier) that is distilled."""
+
+
+class TokenizeConfig(Job):
+    data: StreamSettings = StreamSettings()
+    tokenizer: str = ""
+    """Published tokenizer."""
+    batch_clips: PositiveInt = 16
+    """Clips in one forward pass."""
+    num_workers: PositiveInt = 2
+    """Actors that compute labels."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+
+class FinetuneConfig(Job, FinetuneSettings):
+    data: StreamSettings = StreamSettings()
+    encoder: str = ""
+    """Published encoder to start from."""
+
+
+class SweepConfig(Job):
+    data: StreamSettings = StreamSettings()
+    encoder: str = ""
+    """Published encoder that every trial starts from."""
+    finetune: FinetuneSettings = FinetuneSettings()
+    sweep: SweepSettings = SweepSettings()
+
+
+class EvaluateConfig(Job):
+    data: StreamSettings = StreamSettings()
+    model: str = ""
+    """Published model: a frozen linear probe over the folds judges an encoder, its predictions a classifier."""
+    probe: ProbeSettings = ProbeSettings()
+    batch_clips: PositiveInt = 16
+    """Clips in one forward pass."""
+    num_workers: PositiveInt = 2
+    """Actors that compute features."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+
+class IterateConfig(Job):
+    iterations: PositiveInt = 3
+    """BEATs iterations. Paper: 3."""
+    data: StreamSettings = StreamSettings()
+    random_projection: RandomProjectionSettings = RandomProjectionSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    distill: DistillSettings = DistillSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    sweep: SweepSettings = SweepSettings()
+    probe: ProbeSettings = ProbeSettings()

@@ -1,0 +1,158 @@
+"""Micro-batches on the worker's side: from a worker's share of the stream to tensors, with the order checked.
+
+Shapes: B clips, S samples, C classes, N patches. torch is imported by the functions, not by the module: the data tasks
+import this package and need no torch.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from beats_ray.data.plan import micro_batch_start
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass gets."""
+
+    audio_BS: "torch.Tensor"
+    """int16, 16 kHz; zero past a clip's end."""
+    num_samples_B: "torch.Tensor"
+    """int64, samples of each clip before its padding."""
+    targets_BC: "torch.Tensor"
+    """uint8, 1 where the clip has the label."""
+    patch_labels_BN: "torch.Tensor | None"
+    """int16, -1 past a clip's end; None where the stream has no patch labels."""
+    positions_B: "torch.Tensor"
+    """int64, always on the CPU: where each clip stands in the plan."""
+    clip_ids: tuple[str, ...]
+    wait_seconds: float = 0.0
+    """How long the worker stood still for this batch."""
+
+    @property
+    def first_position(self) -> int:
+        return int(self.positions_B[0])
+
+    def to(self, device: "torch.device | str") -> "MicroBatch":
+        """The same on a device; the copy runs beside the host where the memory is pinned."""
+        labels_BN = self.patch_labels_BN
+        return replace(
+            self,
+            audio_BS=self.audio_BS.to(device, non_blocking=True),
+            num_samples_B=self.num_samples_B.to(device, non_blocking=True),
+            targets_BC=self.targets_BC.to(device, non_blocking=True),
+            patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=True),
+        )
+
+    def first(self, clips: int) -> "MicroBatch":
+        """The first so many clips of it."""
+        labels_BN = self.patch_labels_BN
+        return replace(
+            self,
+            audio_BS=self.audio_BS[:clips],
+            num_samples_B=self.num_samples_B[:clips],
+            targets_BC=self.targets_BC[:clips],
+            patch_labels_BN=None if labels_BN is None else labels_BN[:clips],
+            positions_B=self.positions_B[:clips],
+            clip_ids=self.clip_ids[:clips],
+        )
+
+
+def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False) -> MicroBatch:
+    """The columns of `make_examples` as tensors of their own memory (the object store's is read-only)."""
+    import torch
+
+    def tensor(name: str, dtype: "torch.dtype") -> "torch.Tensor":
+        copy = torch.empty(columns[name].shape, dtype=dtype, pin_memory=pin_memory)
+        copy.numpy()[...] = columns[name]
+        return copy
+
+    return MicroBatch(
+        audio_BS=tensor("audio", torch.int16),
+        num_samples_B=tensor("num_samples", torch.int64),
+        targets_BC=tensor("targets", torch.uint8),
+        patch_labels_BN=tensor("patch_labels", torch.int16) if "patch_labels" in columns else None,
+        positions_B=torch.tensor(columns["position"], dtype=torch.int64),
+        clip_ids=tuple(str(clip_id) for clip_id in columns["clip_id"]),
+    )
+
+
+def iterate_micro_batches(
+    iterator: Any,
+    micro_batch_size: int,
+    prefetch_batches: int,
+    *,
+    first_step: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    device: "torch.device | str" = "cpu",
+) -> Iterator[MicroBatch]:
+    """A rank's micro-batches in the order of the plan, from its share of a `build_stream(start_step=first_step)`.
+
+    Raises RuntimeError when a batch is not the one that the plan puts here: a mistake in the order never passes
+    silently. Closing the iterator early ends the stream's tasks.
+    """
+    first_position = first_step * global_batch_size
+    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches))):
+        expected = micro_batch_start(first_position, index, rank, world_size, micro_batch_size)
+        positions_B = batch.positions_B.numpy()
+        if not np.array_equal(positions_B, np.arange(expected, expected + micro_batch_size)):
+            raise RuntimeError(
+                f"data order: micro-batch {index} of rank {rank} of {world_size} must hold positions {expected} to "
+                f"{expected + micro_batch_size - 1}, but holds {positions_B.tolist()}"
+            )
+        yield batch.to(device)
+
+
+def iterate_eval_batches(
+    iterator: Any,
+    micro_batch_size: int,
+    prefetch_batches: int,
+    *,
+    num_clips: int,
+    device: "torch.device | str" = "cpu",
+) -> Iterator[MicroBatch]:
+    """A rank's share of `build_eval_stream`: over all ranks each clip once, the repetitions at the end dropped."""
+    for batch in _timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches)):
+        real = int((batch.positions_B < num_clips).sum())
+        if real:
+            yield batch.first(real).to(device)
+
+
+def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_batches: int) -> Iterable[MicroBatch]:
+    import torch
+    from ray.data.collate_fn import NumpyBatchCollateFn
+
+    pin_memory = torch.cuda.is_available()
+
+    class ToMicroBatch(NumpyBatchCollateFn):
+        def __call__(self, batch: dict[str, np.ndarray]) -> Any:  # Ray's type allows tensors only, Ray does not
+            return to_micro_batch(batch, pin_memory)
+
+    batches: Iterable[MicroBatch] = iterator.iter_torch_batches(
+        batch_size=micro_batch_size, prefetch_batches=prefetch_batches, collate_fn=ToMicroBatch(), device="cpu"
+    )
+    return batches
+
+
+def _timed(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same batches, each with the seconds that its consumer waited for it."""
+    source = iter(batches)
+    try:
+        while True:
+            started = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            yield replace(batch, wait_seconds=time.perf_counter() - started)
+    finally:
+        close = getattr(source, "close", None)
+        if close is not None:  # ends the data tasks at once when the loop stops early
+            close()

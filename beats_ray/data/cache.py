@@ -1,0 +1,204 @@
+"""Decoded clips of a small data set in Ray's object store: read and decoded once, shared by every process of a node.
+
+    cache = materialize_clips(dataset, manifest, settings)       # on the driver, through Ray Data
+    for batch in cache.batches(seed=0, folds=(3, 4, 5), ...):    # in any task, actor, trial or worker
+
+The handle is small and pickles; processes see the same memory and copy only the micro-batch they train on. The order
+and the content of the batches are those of `build_stream`, bit for bit. The clips live as long as the driver.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from beats_ray.config import StreamSettings, UserError
+from beats_ray.data.batches import MicroBatch, to_micro_batch
+from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
+from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest
+from beats_ray.data.plan import ClipPlan, RowGroupRef, build_plan, micro_batch_start
+from beats_ray.data.storage import Place
+from beats_ray.data.stream import example_spec, open_reader, read_windows
+
+DECODE_CLIPS = 64  # clips of one call in a decode task
+STORE_FRACTION = 0.4  # of the object store, the rest is for what passes through it
+
+
+@dataclass(frozen=True)
+class ClipCache:
+    """Handle on decoded clips in the object store."""
+
+    manifest: DatasetManifest
+    settings: StreamSettings
+    plan: ClipPlan
+    """What is held, in the manifest's order."""
+    tables: "tuple[ray.ObjectRef[pa.Table], ...]"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # not the opened clips
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        start_step: int,
+        stop_step: int,
+        folds: Sequence[int] = (),
+        splits: Sequence[str] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        augment_crop: bool = True,
+    ) -> Iterator[MicroBatch]:
+        """A rank's micro-batches of steps [start_step, stop_step): what the stream with these settings would bring."""
+        assert global_batch_size % (micro_batch_size * world_size) == 0, (global_batch_size, micro_batch_size)
+        plan = build_plan(
+            self.manifest,
+            seed=seed,
+            folds=folds or self.settings.folds,
+            splits=splits or self.settings.splits,
+            shuffle_window_clips=self.settings.shuffle_window_clips,
+        )
+        spec = example_spec(self.manifest, self.settings, plan, seed if augment_crop else None)
+        first = start_step * global_batch_size
+        count = (stop_step - start_step) * global_batch_size // (micro_batch_size * world_size)
+        starts = (micro_batch_start(first, index, rank, world_size, micro_batch_size) for index in range(count))
+        yield from self._examples(plan, spec, ((start, start + micro_batch_size) for start in starts))
+
+    def eval_batches(
+        self,
+        *,
+        micro_batch_size: int,
+        folds: Sequence[int] = (),
+        splits: Sequence[str] = (),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[MicroBatch]:
+        """A rank's part of the clips, in the manifest's order: over all ranks each clip once, its middle if too long.
+
+        The last batch may be smaller; a rank may get no batch at all.
+        """
+        plan = build_plan(
+            self.manifest,
+            folds=folds or self.settings.folds,
+            splits=splits or self.settings.splits,
+            shuffle_window_clips=self.settings.shuffle_window_clips,
+            shuffled=False,
+        )
+        spec = example_spec(self.manifest, self.settings, plan, None)
+        clips = plan.clips_per_epoch
+        starts = range(rank * micro_batch_size, clips, world_size * micro_batch_size)
+        yield from self._examples(plan, spec, ((start, min(start + micro_batch_size, clips)) for start in starts))
+
+    def _examples(self, plan: ClipPlan, spec: ExampleSpec, spans: Iterator[tuple[int, int]]) -> Iterator[MicroBatch]:
+        missing = [group for group in plan.row_groups if (group.file, group.index) not in self._first_clip]
+        if missing:
+            raise UserError(
+                f"data.folds={list(self.settings.folds)}, data.splits={list(self.settings.splits)}: the cached clips "
+                f"lack row group {missing[0].index} of {missing[0].file}; widen them to all clips that the run uses"
+            )
+
+        @lru_cache(maxsize=2)  # a micro-batch can straddle two windows
+        def clips_of(ordinal: int) -> tuple[int, np.ndarray]:
+            window = plan.window(ordinal)
+            first_G = np.array([self._first_clip[group.file, group.index] for group in window.row_groups])
+            return window.first_position, first_G[window.slots_P] + window.rows_P
+
+        for start, stop in spans:
+            begun = time.perf_counter()
+            clips: list[Clip] = []
+            for ordinal in plan.windows_between(start, stop):
+                position, index_P = clips_of(ordinal)
+                clips += [self._clips[i] for i in index_P[max(0, start - position) : stop - position]]
+            batch = to_micro_batch(make_examples(clips, np.arange(start, stop), spec))
+            yield replace(batch, wait_seconds=time.perf_counter() - begun)
+
+    @cached_property
+    def _first_clip(self) -> dict[tuple[str, int], int]:
+        """For each row group that is held, the place of its first clip in `_clips`."""
+        return dict(zip(map(_key, self.plan.row_groups), _first_of(self.plan.row_groups), strict=True))
+
+    @cached_property
+    def _clips(self) -> list[Clip]:
+        """Every clip that is held; the waveforms are views of the object store."""
+        clips = [clip for table in ray.get(list(self.tables)) for clip in _open_table(table)]
+        assert len(clips) == self.plan.clips_per_epoch, (len(clips), self.plan.clips_per_epoch)
+        return clips
+
+
+def materialize_clips(
+    dataset: Place,
+    manifest: DatasetManifest,
+    settings: StreamSettings,
+    *,
+    labels: Place | None = None,
+    limit_mib: float | None = None,
+) -> ClipCache:
+    """Reads and decodes the clips of the settings' folds and splits once, through Ray Data, into the object store.
+
+    limit_mib: default 40 % of the cluster's object store. UserError where the decoded clips need more.
+    """
+    clip_samples_of(settings.clip_seconds)
+    plan = build_plan(
+        manifest,
+        folds=settings.folds,
+        splits=settings.splits,
+        shuffle_window_clips=settings.shuffle_window_clips,
+        shuffled=False,
+    )
+    reader = open_reader(dataset, manifest, plan, labels)
+    needed_mib = decoded_mib(manifest, plan)
+    store_mib = ray.cluster_resources().get("object_store_memory", 0.0) / 2**20
+    limit_mib = STORE_FRACTION * store_mib if limit_mib is None else limit_mib
+    if needed_mib > limit_mib:
+        raise UserError(
+            f"{dataset.uri}: its clips need about {needed_mib:.0f} MiB decoded, {limit_mib:.0f} MiB of the object "
+            f"store may hold them; set ray.object_store_mib={int(needed_mib / STORE_FRACTION) + 1} or choose folds"
+        )
+    rows = read_windows(reader, settings, 0, plan.clips_per_epoch)
+    rows.context.execution_options.resource_limits = ray.data.ExecutionResources()  # the clips are meant to stay
+    decoded = rows.map_batches(
+        decode_whole_clips, batch_size=DECODE_CLIPS, batch_format="pyarrow", num_cpus=settings.decode_cpus
+    )
+    return ClipCache(manifest, settings, plan, tuple(decoded.materialize().to_arrow_refs()))
+
+
+def decoded_mib(manifest: DatasetManifest, plan: ClipPlan) -> float:
+    """What the plan's clips take as int16 samples, by the data set's mean clip length, MiB."""
+    return 2 * SAMPLE_RATE_HZ * manifest.seconds * plan.clips_per_epoch / max(1, manifest.clips) / 2**20
+
+
+def _key(group: RowGroupRef) -> tuple[str, int]:
+    return group.file, group.index
+
+
+def _first_of(groups: Sequence[RowGroupRef]) -> list[int]:
+    clips_G = np.array([group.clips for group in groups])
+    return [int(first) for first in np.cumsum(clips_G) - clips_G]
+
+
+def _open_table(table: pa.Table) -> Iterator[Clip]:
+    """Clips of one block; numpy views, no copies."""
+    names = [name for name in ("wave", "labels", "patch_labels") if name in table.schema.names]
+    columns = {name: _ListViews(table.column(name)) for name in names}
+    for row, clip_id in enumerate(table.column("clip_id").to_pylist()):
+        patch_labels = columns["patch_labels"][row] if "patch_labels" in columns else None
+        yield Clip(clip_id, columns["wave"][row], columns["labels"][row], patch_labels)
+
+
+class _ListViews:
+    """The rows of a list column as numpy views."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        self._offsets = array.offsets.to_numpy()
+        self._values = array.values.to_numpy(zero_copy_only=False)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return np.asarray(self._values[self._offsets[row] : self._offsets[row + 1]])

@@ -1,0 +1,159 @@
+"""Decoded clips into examples of one length: decode, crop, pad, labels to targets.
+
+This is what the tasks of the stream run, so it imports numpy and pyarrow only: a task starts in well under a second.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from beats_ray.config import UserError
+from beats_ray.data.decode import decode_flac
+from beats_ray.data.manifest import SAMPLE_RATE_HZ
+from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, crop_offset, patch_labels_in
+
+NO_PATCH_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One decoded clip in full length."""
+
+    clip_id: str
+    wave_S: np.ndarray
+    """int16, 16 kHz."""
+    label_ids: np.ndarray
+    patch_labels: np.ndarray | None
+    """int16, one for each patch of the whole clip; None where the stream has no patch labels."""
+
+
+@dataclass(frozen=True)
+class ExampleSpec:
+    """How clips become examples of `clip_samples` samples."""
+
+    clip_samples: int
+    num_classes: int
+    clips_per_epoch: int
+    crop_seed: int | None
+    """Seed of the random crops; None cuts the middle out."""
+
+    @property
+    def patch_labels(self) -> int:
+        return patch_labels_in(self.clip_samples)
+
+    @property
+    def bytes_per_clip(self) -> int:
+        return 2 * self.clip_samples + self.num_classes + 2 * self.patch_labels
+
+
+def clip_samples_of(clip_seconds: float) -> int:
+    """Samples of an example, at 16 kHz. UserError where it is too short to hold one patch."""
+    samples = round(clip_seconds * SAMPLE_RATE_HZ)
+    if not patch_labels_in(samples):
+        raise UserError(f"data.clip_seconds={clip_seconds}: shorter than one 25 ms frame; use at least 0.16")
+    return samples
+
+
+def make_examples(clips: Sequence[Clip], positions_B: np.ndarray, spec: ExampleSpec) -> dict[str, np.ndarray]:
+    """The columns of a micro-batch: position, clip_id, audio, num_samples, targets and, with labels, patch_labels."""
+    batch = len(clips)
+    columns = {
+        "position": positions_B.astype(np.int64),
+        "clip_id": np.array([clip.clip_id for clip in clips], dtype=object),
+        "audio": np.zeros((batch, spec.clip_samples), np.int16),
+        "num_samples": np.zeros(batch, np.int32),
+        "targets": np.zeros((batch, spec.num_classes), np.uint8),
+    }
+    if clips and clips[0].patch_labels is not None:
+        columns["patch_labels"] = np.full((batch, spec.patch_labels), NO_PATCH_LABEL, np.int16)
+    for row, clip in enumerate(clips):
+        epoch = int(positions_B[row]) // spec.clips_per_epoch
+        offset = crop_offset(spec.crop_seed, epoch, clip.clip_id, len(clip.wave_S), spec.clip_samples)
+        piece = clip.wave_S[offset : offset + spec.clip_samples]
+        columns["audio"][row, : len(piece)] = piece
+        columns["num_samples"][row] = len(piece)
+        _set_targets(columns["targets"][row], clip)
+        if clip.patch_labels is not None:
+            _set_patch_labels(columns["patch_labels"][row], clip, offset, len(piece))
+    return columns
+
+
+def decode_clips(rows: pa.Table) -> list[Clip]:
+    """The clips of shard rows. UserError that names the clip where its audio is not what the shard says."""
+    audio, labels = rows.column("audio"), rows.column("labels")
+    patch_labels = rows.column("patch_labels") if "patch_labels" in rows.column_names else None
+    clips = []
+    for row, (clip_id, num_samples) in enumerate(
+        zip(rows.column("clip_id").to_pylist(), rows.column("num_samples").to_pylist(), strict=True)
+    ):
+        clips.append(
+            Clip(
+                clip_id,
+                _decode(audio[row].as_py(), clip_id, num_samples),
+                np.array(labels[row].as_py() or (), dtype=np.int16),
+                None if patch_labels is None else _list_values(patch_labels[row]),
+            )
+        )
+    return clips
+
+
+def example_decoder(spec: ExampleSpec) -> Callable[[pa.Table], dict[str, np.ndarray]]:
+    """The function of the decode tasks: shard rows with a position to example columns."""
+
+    def decode(rows: pa.Table) -> dict[str, np.ndarray]:
+        return make_examples(decode_clips(rows), rows.column("position").to_numpy(), spec)
+
+    return decode
+
+
+def decode_whole_clips(rows: pa.Table) -> pa.Table:
+    """Shard rows with their audio decoded, in full length, as list<int16> `wave` in place of `audio`."""
+    waves = [clip.wave_S for clip in decode_clips(rows)]
+    ends = np.cumsum([0, *map(len, waves)], dtype=np.int64)
+    values = np.concatenate(waves) if waves else np.zeros(0, np.int16)
+    wave = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values, pa.int16()))
+    return rows.drop_columns(["audio"]).append_column("wave", wave)
+
+
+def _decode(data: bytes, clip_id: str, num_samples: int) -> np.ndarray:
+    try:
+        wave_S = decode_flac(data)
+    except (RuntimeError, ValueError) as error:  # soundfile's error is a RuntimeError
+        raise UserError(
+            f"clip {clip_id!r}: its audio in the shard does not decode; prepare the data set again"
+        ) from error
+    if len(wave_S) != num_samples:
+        raise UserError(
+            f"clip {clip_id!r}: the shard says num_samples={num_samples}, its audio has {len(wave_S)}; "
+            "prepare the data set again"
+        )
+    return wave_S
+
+
+def _list_values(scalar: pa.ListScalar) -> np.ndarray:
+    return np.asarray(scalar.values.to_numpy(zero_copy_only=False))
+
+
+def _set_targets(targets_C: np.ndarray, clip: Clip) -> None:
+    for label in clip.label_ids:
+        if not 0 <= label < len(targets_C):
+            raise UserError(
+                f"clip {clip.clip_id!r}: label id {label} is outside the vocabulary of {len(targets_C)} labels; "
+                "prepare the data set again"
+            )
+    targets_C[clip.label_ids] = 1
+
+
+def _set_patch_labels(labels_N: np.ndarray, clip: Clip, offset: int, num_samples: int) -> None:
+    assert clip.patch_labels is not None
+    expected = patch_labels_in(len(clip.wave_S))
+    if len(clip.patch_labels) != expected:
+        raise UserError(
+            f"clip {clip.clip_id!r}: {len(clip.patch_labels)} patch labels for {len(clip.wave_S)} samples, which have "
+            f"{expected} patches; run `beats-ray tokenize` again"
+        )
+    first = offset // SAMPLES_PER_PATCH_ROW * LABELS_PER_PATCH_ROW
+    count = patch_labels_in(num_samples)
+    labels_N[:count] = clip.patch_labels[first : first + count]

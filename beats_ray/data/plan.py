@@ -1,0 +1,159 @@
+"""The order in which training reads clips: a pure function of the manifest, the chosen folds and a seed.
+
+A plan is the concatenation of epochs 0, 1, 2, ...; a *position* counts clips from its start. The global batch of step
+g is positions [g * G, (g + 1) * G) whatever the number of workers, and to resume is to start at a position. An epoch
+permutes the chosen row groups, cuts them into windows of whole row groups and permutes the clips of each window, so it
+holds every clip exactly once, and storage is read one row group at a time.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from beats_ray.config import UserError
+from beats_ray.data.manifest import DatasetManifest
+
+SEED_MASK = 2**64 - 1  # numpy takes no negative seeds
+SAMPLES_PER_PATCH_ROW = 2560  # 16 frames of 10 ms at 16 kHz
+LABELS_PER_PATCH_ROW = 8  # 128 mel bins in patches of 16
+
+
+@dataclass(frozen=True)
+class RowGroupRef:
+    """Where a row group is, and how many clips it holds."""
+
+    file: str
+    index: int
+    clips: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Clips that are read and shuffled together."""
+
+    first_position: int
+    epoch: int
+    row_groups: tuple[RowGroupRef, ...]
+    slots_P: np.ndarray
+    """For each position of the window, the place in `row_groups` of the row group that holds its clip."""
+    rows_P: np.ndarray
+    """For each position of the window, its clip's row in that row group."""
+
+    @property
+    def stop_position(self) -> int:
+        return self.first_position + len(self.rows_P)
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """The endless order of clips; build it with `build_plan`."""
+
+    row_groups: tuple[RowGroupRef, ...]
+    seed: int
+    row_groups_per_window: int
+    shuffled: bool = True
+    """Off: every epoch is in the manifest's order."""
+
+    @property
+    def clips_per_epoch(self) -> int:
+        return sum(group.clips for group in self.row_groups)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-len(self.row_groups) // self.row_groups_per_window)
+
+    def window(self, ordinal: int) -> Window:
+        """The window number `ordinal` of the whole plan."""
+        epoch, index = divmod(ordinal, self.windows_per_epoch)
+        order_G = self._epoch_order(epoch)
+        starts_W, clips = self._window_starts(order_G)
+        first = index * self.row_groups_per_window
+        chosen = tuple(self.row_groups[i] for i in order_G[first : first + self.row_groups_per_window])
+        slots_P = np.repeat(np.arange(len(chosen)), [group.clips for group in chosen])
+        rows_P = np.concatenate([np.arange(group.clips) for group in chosen])
+        if self.shuffled:
+            shuffle_P = _generator(self.seed, epoch, index + 1).permutation(len(rows_P))
+            slots_P, rows_P = slots_P[shuffle_P], rows_P[shuffle_P]
+        return Window(epoch * clips + int(starts_W[index]), epoch, chosen, slots_P, rows_P)
+
+    def window_at(self, position: int) -> int:
+        """The ordinal of the window that holds a position."""
+        epoch, place = divmod(position, self.clips_per_epoch)
+        starts_W, _ = self._window_starts(self._epoch_order(epoch))
+        return epoch * self.windows_per_epoch + int(np.searchsorted(starts_W, place, side="right")) - 1
+
+    def windows_between(self, start: int, stop: int) -> range:
+        """The ordinals of the windows that hold positions [start, stop)."""
+        return range(self.window_at(start), self.window_at(stop - 1) + 1) if start < stop else range(0)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffled:
+            return np.arange(len(self.row_groups))
+        return _generator(self.seed, epoch, 0).permutation(len(self.row_groups))
+
+    def _window_starts(self, order_G: np.ndarray) -> tuple[np.ndarray, int]:
+        clips_G = np.array([group.clips for group in self.row_groups], dtype=np.int64)[order_G]
+        before_G = np.cumsum(clips_G) - clips_G
+        return before_G[:: self.row_groups_per_window], int(clips_G.sum())
+
+
+def build_plan(
+    manifest: DatasetManifest,
+    *,
+    seed: int = 0,
+    folds: Sequence[int] = (),
+    splits: Sequence[str] = (),
+    shuffle_window_clips: int = 1024,
+    shuffled: bool = True,
+) -> ClipPlan:
+    """The plan over the clips of the given folds and splits; empty means all. UserError where nothing matches."""
+    _check_exist("data.folds", folds, {group.fold for shard in manifest.shards for group in shard.row_groups})
+    _check_exist("data.splits", splits, {group.split for shard in manifest.shards for group in shard.row_groups})
+    chosen = tuple(
+        RowGroupRef(shard.file, index, group.clips)
+        for shard in manifest.shards
+        for index, group in enumerate(shard.row_groups)
+        if (not folds or group.fold in folds) and (not splits or group.split in splits) and group.clips
+    )
+    clips = sum(group.clips for group in chosen)
+    if not clips:
+        raise UserError(
+            f"data.folds={list(folds)}, data.splits={list(splits)}: no clip of {manifest.name!r} is in both; widen them"
+        )
+    per_window = max(1, round(shuffle_window_clips * len(chosen) / clips))
+    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled)
+
+
+def micro_batch_start(first_position: int, index: int, rank: int, num_workers: int, micro_batch_size: int) -> int:
+    """The first position of a worker's micro-batch number `index`: micro-batches are dealt to the ranks in turn."""
+    return first_position + (index * num_workers + rank) * micro_batch_size
+
+
+def crop_offset(seed: int | None, epoch: int, clip_id: str, num_samples: int, clip_samples: int) -> int:
+    """Where to cut a clip that is too long: a whole number of patch rows, so that patch labels can be cut alike.
+
+    Uniform, from (seed, epoch, clip id) alone; with seed None the middle. 0 for a clip that is short enough.
+    """
+    choices = max(0, num_samples - clip_samples) // SAMPLES_PER_PATCH_ROW + 1
+    if seed is None:
+        return (choices - 1) // 2 * SAMPLES_PER_PATCH_ROW
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{clip_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % choices * SAMPLES_PER_PATCH_ROW
+
+
+def patch_labels_in(num_samples: int) -> int:
+    """Labels of a clip of so many samples, as the models cut it: 8 for each 160 ms, at least 8 from 25 ms on."""
+    frames = max(0, 1 + (num_samples - 400) // 160)
+    return max(frames // 16, int(frames > 0)) * LABELS_PER_PATCH_ROW
+
+
+def _generator(*entropy: int) -> np.random.Generator:
+    return np.random.default_rng([part & SEED_MASK for part in entropy])
+
+
+def _check_exist(field: str, wanted: Sequence[int] | Sequence[str], existing: set[int] | set[str]) -> None:
+    unknown = [value for value in wanted if value not in existing]
+    if unknown:
+        raise UserError(f"{field}={list(wanted)}: {unknown[0]!r} is not in the data set; it has {sorted(existing)}")

@@ -1,0 +1,224 @@
+"""`prepare`: raw clips of any format, local or on S3, to checked 16 kHz shards.
+
+    manifest = prepare(config, lambda done, total: print(done, total))
+
+One Ray Data job: each task takes the files of one shard, decodes and checks them and writes the shard straight to
+storage, so the driver sees counts only and memory does not grow with the data. `dataset.json` comes last: a folder
+without it holds no data set, and the same command starts it over. The same source and settings give the same bytes on
+any cluster, because the plan depends on the list of files alone.
+"""
+
+import hashlib
+import pickle
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from beats_ray.config import PrepareConfig, UserError
+from beats_ray.data.datasets.esc50 import read_esc50
+from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, read_manifest
+from beats_ray.data.shard_writer import FbankSums, ShardPlan, ShardResult, write_shard
+from beats_ray.data.source import Quarantined, SourceClip, SourceListing
+from beats_ray.data.storage import Place, StorageError, open_place, write_table
+
+READERS: dict[str, Callable[[Place], SourceListing]] = {"esc50": read_esc50}
+"""`kind` of the configuration to the function that lists such a source."""
+
+MIN_SHARDS = 16  # a small data set is split finer than `shard_mib` says: a shard is one task
+EXPANSION = {".wav": 0.25, ".aif": 0.25, ".aiff": 0.25, ".au": 0.25, ".caf": 0.25, ".w64": 0.25, ".flac": 0.5}
+OTHER_EXPANSION = 2.0  # lossy formats
+"""Bytes of 16 kHz mono FLAC for each byte of a source file: rough, it only sets how large shards come out."""
+
+QUARANTINE_SCHEMA = pa.schema(
+    [("path", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("bytes", pa.int64())]
+)
+
+
+class TooManyBadClips(UserError):
+    """More of the source had to be quarantined than `data.max_bad_clip_fraction` allows."""
+
+
+def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> DatasetManifest:
+    """Prepares `config.source` into `config.output` and returns the manifest; `on_progress` gets (files done, files).
+
+    Ray is initialised. A complete data set of the same source and settings is returned at once. UserError for a source
+    that is missing or not of this kind and for an output that holds another data set; TooManyBadClips, with nothing
+    written but the list of quarantined files, where the source is worse than allowed.
+    """
+    source, output = open_place(config.source), open_place(config.output)
+    finished = _finished(config, source, output)
+    if finished:
+        return finished
+    listing = READERS[config.kind](source)
+    _check_quarantine(config, output, listing.num_files, listing.quarantined)
+    plans = plan_shards(config, source, output, listing.clips)
+    done = len(listing.quarantined)
+    on_progress(done, listing.num_files)
+    results: dict[int, ShardResult] = {}
+    for index, result in _run_on_ray(plans):
+        results[index] = result
+        done += result.num_files
+        on_progress(done, listing.num_files)
+    ordered = [results[index] for index in range(len(plans))]
+    quarantined = listing.quarantined + [bad for result in ordered for bad in result.quarantined]
+    _check_quarantine(config, output, listing.num_files, quarantined)
+    manifest = _manifest(config, source, listing, ordered, len(quarantined))
+    _delete_shards(output, keep={shard.file for shard in manifest.shards})
+    write_table(output / "quarantine.parquet", _quarantine_table(quarantined))
+    (output / "dataset.json").write_json(manifest.model_dump(mode="json"))
+    return manifest
+
+
+def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list[SourceClip]) -> list[ShardPlan]:
+    """Which task writes which clips: by split and fold, inside them in an order that has nothing to do with names."""
+    by_part: dict[tuple[str, int], list[SourceClip]] = defaultdict(list)
+    for clip in clips:
+        by_part[clip.split, clip.fold].append(clip)
+    groups: list[tuple[SourceClip, ...]] = []
+    for part in sorted(by_part):
+        ordered = sorted(by_part[part], key=lambda clip: hashlib.sha256(clip.clip_id.encode()).digest())
+        count = -(-len(ordered) // config.data.row_group_clips)
+        cuts = [len(ordered) * place // count for place in range(count + 1)]
+        groups += [tuple(ordered[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    sizes = [sum(_prepared_bytes(clip) for clip in group) for group in groups]
+    target_bytes = min(config.data.shard_mib * 2**20, max(1.0, sum(sizes) / MIN_SHARDS))
+    shards: list[list[tuple[SourceClip, ...]]] = []
+    filled = 0.0
+    for group, size in zip(groups, sizes, strict=True):
+        if not shards or filled + size / 2 > target_bytes:  # the boundary nearest to the target
+            shards.append([])
+            filled = 0.0
+        shards[-1].append(group)
+        filled += size
+    return [
+        ShardPlan(
+            source=source,
+            target=output / "shards" / f"{index:05d}.parquet",
+            groups=tuple(shard),
+            row_group_clips=config.data.row_group_clips,
+            max_clip_seconds=config.data.max_clip_seconds,
+        )
+        for index, shard in enumerate(shards)
+    ]
+
+
+def _prepared_bytes(clip: SourceClip) -> float:
+    return clip.bytes * EXPANSION.get(PurePosixPath(clip.path).suffix.lower(), OTHER_EXPANSION)
+
+
+def _settings(config: PrepareConfig) -> dict[str, str | int | float]:
+    """What the bytes depend on; the tolerance for bad files is not among it."""
+    return {"kind": config.kind} | config.data.model_dump(exclude={"max_bad_clip_fraction"})
+
+
+def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetManifest | None:
+    if not (output / "dataset.json").exists():
+        return None
+    manifest = read_manifest(output)
+    wanted = {"source": source.uri} | _settings(config)
+    found = {"source": manifest.source} | manifest.settings
+    for name in wanted:
+        if wanted[name] != found.get(name):
+            raise UserError(
+                f"output={output.uri}: holds a data set made with {name}={found.get(name)!r}, now it is "
+                f"{wanted[name]!r}; give another output, or delete that folder"
+            )
+    return manifest
+
+
+def _run_on_ray(plans: list[ShardPlan]) -> Iterator[tuple[int, ShardResult]]:
+    """Yields each shard's index and result as it is done. Storage faults come as StorageError, on the driver."""
+    import ray
+
+    if not plans:
+        return
+    with _quiet_ray_data():
+        # Pickled here: Ray Data would try Arrow first and complain.
+        items = [{"index": index, "plan": pickle.dumps(plan)} for index, plan in enumerate(plans)]
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task)
+        for row in results.iter_rows():
+            if row["error"]:
+                raise StorageError(row["error"])
+            yield row["index"], pickle.loads(row["result"])  # noqa: S301 - our own task wrote it
+
+
+def _task(row: dict[str, Any]) -> dict[str, object]:
+    plan: ShardPlan = pickle.loads(row["plan"])  # noqa: S301 - our own driver wrote it
+    try:
+        return {"index": row["index"], "result": pickle.dumps(write_shard(plan)), "error": ""}
+    except UserError as error:
+        return {"index": row["index"], "result": b"", "error": str(error)}
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """The caller shows progress: Ray Data's own bars stay away."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before
+
+
+def _check_quarantine(config: PrepareConfig, output: Place, num_files: int, bad: list[Quarantined]) -> None:
+    limit = config.data.max_bad_clip_fraction
+    if len(bad) < num_files and len(bad) <= limit * num_files:
+        return
+    _delete_shards(output)
+    write_table(output / "quarantine.parquet", _quarantine_table(bad))
+    (reason, worst), *others = Counter(item.reason for item in bad).most_common()
+    names = sorted(item.path.rsplit("/", 1)[-1] for item in bad if item.reason == reason)
+    examples = ", ".join(names[:3]) + (", ..." if worst > 3 else "")
+    also = "".join(f", {count} x {name}" for name, count in others)
+    raise TooManyBadClips(
+        f"data.max_bad_clip_fraction={limit:g}: {len(bad)} of {num_files} files ({len(bad) / num_files:.1%}) cannot be "
+        f"used: {worst} x {reason} ({examples}){also}; all of them are listed in {output.uri}/quarantine.parquet; "
+        "mend or remove them, or raise data.max_bad_clip_fraction"
+    )
+
+
+def _quarantine_table(bad: list[Quarantined]) -> pa.Table:
+    rows = [vars(item) for item in sorted(bad, key=lambda item: item.path)]
+    return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
+
+
+def _delete_shards(output: Place, keep: frozenset[str] | set[str] = frozenset()) -> None:
+    for place in (output / "shards").list():
+        if place.name not in keep and place.name.endswith(".parquet"):
+            place.delete()
+
+
+def _manifest(
+    config: PrepareConfig, source: Place, listing: SourceListing, results: list[ShardResult], num_bad: int
+) -> DatasetManifest:
+    shards = tuple(result.shard for result in results if result.shard)
+    clips_by_fold: Counter[str] = Counter()
+    clips_by_split: Counter[str] = Counter()
+    for group in (group for shard in shards for group in shard.row_groups):
+        clips_by_fold[str(group.fold)] += group.clips
+        clips_by_split[group.split] += group.clips
+    fbank = sum((result.fbank for result in results), FbankSums())
+    return DatasetManifest(
+        name=source.name,
+        label_names=listing.label_names,
+        multi_label=listing.multi_label,
+        clips=sum(clips_by_fold.values()),
+        clips_by_fold=dict(sorted(clips_by_fold.items(), key=lambda item: int(item[0]))),
+        clips_by_split=dict(sorted(clips_by_split.items())),
+        seconds=round(sum(result.num_samples for result in results) / SAMPLE_RATE_HZ, 3),
+        fbank_mean=round(fbank.mean, 5),
+        fbank_std=round(fbank.std, 5),
+        source=source.uri,
+        source_files=listing.num_files,
+        quarantined=num_bad,
+        shards=shards,
+        settings=_settings(config),
+    )

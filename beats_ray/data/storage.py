@@ -1,0 +1,262 @@
+"""The one place that opens file systems: local folders and `s3://` behind the same few operations.
+
+    place = open_place("s3://bucket/runs/a")        # or "runs/a"
+    (place / "run.json").write_json({"done": True})
+
+A `Place` is small and pickles, so it travels to Ray workers. Endpoint and keys of S3 come from the standard AWS
+environment variables. Every write is atomic: a reader sees the old content or the new, never half of it.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from beats_ray.config import UserError
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+REQUEST_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder on some storage, whether or not it exists."""
+
+    uri: str
+    """What the user would write: `s3://bucket/key`, or an absolute local path."""
+    path: str = field(repr=False)
+    """The same without its scheme: what `filesystem` takes."""
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(f"{self.uri}/{name}", f"{self.path}/{name}")
+
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        """The pyarrow file system that `path` belongs to."""
+        return _s3_file_system(_s3_environment()) if self.is_remote else fs.LocalFileSystem()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri, "path": self.path}  # the receiving process opens its own connection
+
+    @property
+    def is_remote(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        return self._info().type != fs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self._info().type == fs.FileType.Directory
+
+    def size_bytes(self) -> int:
+        return int(self._info().size or 0)
+
+    def list(self, recursive: bool = False) -> "list[Place]":
+        """What lies directly below (or anywhere below), sorted; empty where the folder does not exist."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        with storage_errors(self.uri):
+            infos = self.filesystem.get_file_info(selector)
+        paths = sorted(info.path for info in infos)
+        return [Place(self.uri + path[len(self.path) :], path) for path in paths]
+
+    def read_bytes(self) -> bytes:
+        """The whole content. FileNotFoundError where there is none."""
+        with storage_errors(self.uri), self.filesystem.open_input_file(self.path) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, data: bytes) -> None:
+        """Replaces the content atomically; missing parent folders are made."""
+        with storage_errors(self.uri):
+            if self.is_remote:
+                self._make_bucket()
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    stream.write(data)
+                return
+            target = Path(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                partial.write_bytes(data)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def open_output(self) -> Iterator[pa.NativeFile]:
+        """A stream that replaces the content bit by bit: not atomic, for files that count only once an index names them."""
+        with storage_errors(self.uri):
+            if self.is_remote:
+                self._make_bucket()
+            else:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            with self.filesystem.open_output_stream(self.path) as stream:
+                yield stream
+
+    def read_json(self) -> Any:
+        return json.loads(self.read_bytes())
+
+    def write_json(self, value: Any) -> None:
+        self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def delete(self) -> None:
+        """Removes a file or a whole folder; nothing happens where there is none."""
+        with storage_errors(self.uri):
+            kind = self._info().type
+            if kind == fs.FileType.NotFound:
+                return
+            if self.is_remote:
+                _delete_objects(self.path)
+            elif kind == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            else:
+                self.filesystem.delete_file(self.path)
+
+    def upload(self, folder: Path) -> None:
+        """Copies every file below a local folder to below this place."""
+        for source in sorted(folder.rglob("*")):
+            if source.is_file():
+                (self / source.relative_to(folder).as_posix()).write_bytes(source.read_bytes())
+
+    def download(self, folder: Path) -> Path:
+        """Copies every file below this place to below a local folder, and returns that folder."""
+        for source in self.list(recursive=True):
+            if not source.is_dir():
+                target = folder / source.path[len(self.path) + 1 :]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read_bytes())
+        return folder
+
+    def _info(self) -> fs.FileInfo:
+        with storage_errors(self.uri):
+            return self.filesystem.get_file_info(self.path)
+
+    def _make_bucket(self) -> None:
+        bucket = self.path.split("/", 1)[0]
+        if self.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise UserError(f"{self.uri}: bucket {bucket!r} does not exist; create it first")
+
+
+def open_place(uri: str) -> Place:
+    """The place that a user's path names. UserError for a scheme that is not supported and for an empty path."""
+    if not uri:
+        raise UserError("a path is empty; give a local path or s3://bucket/key")
+    if uri.startswith("s3://"):
+        path = uri.removeprefix("s3://").strip("/")
+        if not path:
+            raise UserError(f"{uri}: names no bucket; give s3://bucket/key")
+        return Place(f"s3://{path}", path)
+    if "://" in uri:
+        raise UserError(f"{uri}: unknown scheme; give a local path or s3://bucket/key")
+    path = str(Path(uri).expanduser().absolute())
+    return Place(path, path)
+
+
+class storage_errors:
+    """Turns an unreachable or refusing object store into one line; a missing file stays FileNotFoundError."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, OSError) or isinstance(error, (FileNotFoundError, StorageError)):
+            return
+        if not self.uri.startswith("s3://"):
+            raise StorageError(f"{self.uri}: {error.strerror or ' '.join(str(error).split())}") from error
+        endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        text = " ".join(str(error).split())
+        if "ACCESS_DENIED" in text or "HTTP status 403" in text or "SIGNATURE" in text.upper():
+            reason = "refused the request; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        elif "HTTP status 400" in text:  # what a request without keys, or with another region's, gets
+            reason = "refused the request; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
+        elif "NETWORK_CONNECTION" in text or "onnect" in text:
+            reason = "cannot be reached; check AWS_ENDPOINT_URL and that the store runs"
+        else:
+            reason = text[:300]
+        raise StorageError(f"{self.uri}: object store at {endpoint} {reason}") from error
+
+
+class StorageError(UserError, OSError):
+    """The object store did not do what it was asked for."""
+
+
+def _s3_environment() -> tuple[str | None, str | None, bool]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return endpoint, region, os.environ.get("AWS_S3_ANONYMOUS", "") == "1"
+
+
+@lru_cache(maxsize=8)
+def _s3_file_system(environment: tuple[str | None, str | None, bool]) -> fs.S3FileSystem:
+    endpoint, region, anonymous = environment
+    if endpoint:  # servers other than AWS rarely take the newer trailing checksums
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    return fs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region or ("us-east-1" if endpoint else None),
+        anonymous=anonymous,
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        request_timeout=REQUEST_TIMEOUT_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
+        allow_delayed_open=True,  # one request, not three, for a small object
+    )
+
+
+def _delete_objects(path: str) -> None:
+    """Deletes `bucket/key` and everything below it.
+
+    Not through pyarrow: it puts an object in the place of the parent folder afterwards, which `rclone serve s3`
+    refuses, ten seconds later.
+    """
+    import botocore.session
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = path.partition("/")
+    endpoint, region, _ = _s3_environment()
+    try:
+        client = botocore.session.get_session().create_client(
+            "s3", region_name=region or "us-east-1", endpoint_url=endpoint
+        )
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        for page in pages:
+            keys = [item["Key"] for item in page.get("Contents", ())]
+            wanted = [{"Key": name} for name in keys if not key or name == key or name.startswith(f"{key}/")]
+            if not wanted:
+                continue
+            failed = client.delete_objects(Bucket=bucket, Delete={"Objects": wanted, "Quiet": True}).get("Errors")
+            if failed:
+                raise OSError(f"cannot delete {failed[0]['Key']}: {failed[0].get('Message', 'no reason given')}")
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
+
+
+def read_table(place: Place, columns: list[str] | None = None) -> pa.Table:
+    """A small Parquet file as a table. FileNotFoundError where there is none."""
+    import pyarrow.parquet as pq
+
+    with storage_errors(place.uri):
+        return pq.read_table(place.path, filesystem=place.filesystem, columns=columns)
+
+
+def write_table(place: Place, table: pa.Table, row_group_rows: int | None = None) -> None:
+    """Writes a Parquet file atomically."""
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, row_group_size=row_group_rows, compression="zstd")
+    place.write_bytes(buffer.getvalue().to_pybytes())

@@ -1,0 +1,204 @@
+"""The stream: the Ray Data graph from shards to micro-batches, in the order of the plan.
+
+    windows of the plan -> read row groups (range reads, wanted columns only) -> decode, crop, pad -> blocks of
+    micro_batch_size clips, dealt to the workers in turn
+
+With `preserve_order` (see `execution_options`) Ray's `streaming_split(equal=True)` hands block i to worker i % n, so
+the global batch of a step holds the same clips for any number of workers; `iterate_micro_batches` checks it.
+
+    stream = build_stream(dataset, manifest, settings, seed=0, global_batch_size=64, micro_batch_size=8,
+                          start_step=0, stop_step=1000)
+    trainer = TorchTrainer(..., datasets={"train": lambda: stream},
+                           dataset_config=DataConfig(execution_options=execution_options(settings, num_workers)))
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data.block import BlockMetadata
+
+from beats_ray.config import StreamSettings
+from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
+from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.plan import ClipPlan, build_plan
+from beats_ray.data.shards import WindowReader, check_labels
+from beats_ray.data.storage import Place
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = [
+    "MicroBatch",
+    "build_eval_stream",
+    "build_stream",
+    "execution_options",
+    "iterate_eval_batches",
+    "iterate_micro_batches",
+    "required_cpus",
+]
+
+READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
+MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks
+DEFAULTS = StreamSettings()
+READ_BLOCK_BYTES = 8 * 2**20  # compressed clips that travel together from a read task to the decode tasks
+
+
+def build_stream(
+    dataset: Place,
+    manifest: DatasetManifest,
+    settings: StreamSettings,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    start_step: int,
+    stop_step: int,
+    labels: Place | None = None,
+    augment_crop: bool = True,
+) -> "Dataset":
+    """The clips of steps [start_step, stop_step) in blocks of exactly micro_batch_size, in the order of the plan.
+
+    Columns: position int64, clip_id string, audio int16 (S,), num_samples int32, targets uint8 (C,) and, with labels,
+    patch_labels int16 (N,). The order depends on seed, folds, splits and shuffle_window_clips, never on the number of
+    workers or on start_step. UserError where no clip matches or the labels are not those of this data set.
+    """
+    assert global_batch_size % micro_batch_size == 0, (global_batch_size, micro_batch_size)
+    plan = build_plan(
+        manifest,
+        seed=seed,
+        folds=settings.folds,
+        splits=settings.splits,
+        shuffle_window_clips=settings.shuffle_window_clips,
+    )
+    reader = open_reader(dataset, manifest, plan, labels)
+    spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
+    start, stop = start_step * global_batch_size, stop_step * global_batch_size
+    return _examples(read_windows(reader, settings, start, stop), spec, settings, micro_batch_size)
+
+
+def build_eval_stream(
+    dataset: Place,
+    manifest: DatasetManifest,
+    settings: StreamSettings,
+    micro_batch_size: int,
+    *,
+    num_workers: int | None = None,
+    labels: Place | None = None,
+) -> "Dataset":
+    """Each chosen clip once, in the manifest's order, its middle where it is too long; positions are 0, 1, 2, ...
+
+    With num_workers the last clips are followed by repetitions (positions from the number of clips on), so that every
+    worker gets as many blocks; `iterate_eval_batches` drops them again.
+    """
+    plan = build_plan(
+        manifest,
+        folds=settings.folds,
+        splits=settings.splits,
+        shuffle_window_clips=settings.shuffle_window_clips,
+        shuffled=False,
+    )
+    reader = open_reader(dataset, manifest, plan, labels)
+    spec = example_spec(manifest, settings, plan, None)
+    unit = micro_batch_size * num_workers if num_workers else 1
+    stop = -(-plan.clips_per_epoch // unit) * unit
+    return _examples(read_windows(reader, settings, 0, stop), spec, settings, micro_batch_size)
+
+
+def execution_options(settings: StreamSettings = DEFAULTS, num_workers: int = 1) -> ExecutionOptions:
+    """What keeps the order and bounds the memory; also turns Ray Data's progress bars off in this process."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    limit = ExecutionResources(object_store_memory=settings.buffer_mib * 2**20 * num_workers)
+    return ExecutionOptions(preserve_order=True, resource_limits=limit, verbose_progress=False)
+
+
+def required_cpus(settings: StreamSettings) -> float:
+    """Logical CPUs that must stay free beside the training workers, or the stream cannot move."""
+    return settings.read_tasks * READ_CPUS + settings.decode_cpus
+
+
+def open_reader(dataset: Place, manifest: DatasetManifest, plan: ClipPlan, labels: Place | None) -> WindowReader:
+    """The reader of a plan's windows; UserError where the labels are not those of this data set."""
+    versions = {shard.file: shard.sha256 for shard in manifest.shards}
+    return WindowReader(dataset, labels, plan, versions, check_labels(labels, manifest, dataset) if labels else "")
+
+
+def example_spec(
+    manifest: DatasetManifest, settings: StreamSettings, plan: ClipPlan, crop_seed: int | None
+) -> ExampleSpec:
+    """How this data set's clips become examples."""
+    return ExampleSpec(
+        clip_samples=clip_samples_of(settings.clip_seconds),
+        num_classes=len(manifest.label_names),
+        clips_per_epoch=plan.clips_per_epoch,
+        crop_seed=crop_seed,
+    )
+
+
+def read_windows(reader: WindowReader, settings: StreamSettings, start: int, stop: int) -> "Dataset":
+    """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order."""
+    source = PlanSource(reader, start, stop)
+    rows = ray.data.read_datasource(
+        source, override_num_blocks=source.num_tasks, concurrency=settings.read_tasks, num_cpus=READ_CPUS
+    )
+    context = rows.context
+    context.target_max_block_size = READ_BLOCK_BYTES
+    context.execution_options = execution_options(settings)
+    return rows
+
+
+def _examples(rows: "Dataset", spec: ExampleSpec, settings: StreamSettings, micro_batch_size: int) -> "Dataset":
+    """Decoded clips in blocks of exactly micro_batch_size: rows of two read tasks are put together before decoding."""
+    examples = rows.map_batches(
+        example_decoder(spec), batch_size=micro_batch_size, batch_format="pyarrow", num_cpus=settings.decode_cpus
+    )
+    blocks = examples.repartition(target_num_rows_per_block=micro_batch_size, strict=True)
+    # Ray runs both steps in one task where they ask for the same resources; `repartition` has no argument for them.
+    repartition: Any = blocks._logical_plan.dag
+    repartition.ray_remote_args["num_cpus"] = settings.decode_cpus
+    return blocks
+
+
+class PlanSource(Datasource):
+    """A Ray Data source whose read tasks follow the windows of a plan."""
+
+    def __init__(self, reader: WindowReader, start: int, stop: int) -> None:
+        super().__init__()
+        self._reader = reader
+        self._start = start
+        self._stop = stop
+        self._windows = reader.plan.windows_between(start, stop)
+
+    @property
+    def num_tasks(self) -> int:
+        return max(1, min(len(self._windows), MAX_READ_TASKS))
+
+    def get_name(self) -> str:
+        return "Clips"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        del per_task_row_limit, data_context  # nothing limits the rows of this stream
+        reader = ray.put(self._reader)  # a plan can be long: the tasks share one
+        bounds = [len(self._windows) * task // parallelism for task in range(parallelism + 1)]
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [
+            ReadTask(partial(_read, reader, self._windows[first:last], self._start, self._stop), metadata)
+            for first, last in pairwise(bounds)
+            if first < last
+        ]
+
+
+def _read(reader: "ray.ObjectRef[WindowReader]", windows: range, start: int, stop: int) -> Iterator[pa.Table]:
+    yield from ray.get(reader).read(windows, start, stop)

@@ -1,0 +1,206 @@
+"""The demo: the whole method, small, on one machine, from raw clips to a leaderboard.
+
+It starts a real object store, prepares shards on it, and runs two BEATs iterations from there with two Ray Train workers
+under DeepSpeed ZeRO-2, each followed by a Ray Tune sweep. Sizes are small; the parts are those of a cluster run.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from beats_ray.config import (
+    DistillSettings,
+    EncoderSettings,
+    FinetuneSettings,
+    IterateConfig,
+    MaskingSettings,
+    PrepareConfig,
+    PrepareSettings,
+    PretrainSettings,
+    RaySettings,
+    SearchParameter,
+    StreamSettings,
+    SweepSettings,
+    TokenizerSettings,
+    TrainSettings,
+    UserError,
+    load_config,
+    validate,
+)
+from beats_ray.console import Console
+from beats_ray.data.storage import open_place
+from beats_ray.train.jobs import Written
+
+BUCKET = "beats"
+BASE_MINUTES = 12.0
+"""The budget that the step counts below are made for, on two cores."""
+
+
+class DemoData(StreamSettings, PrepareSettings):
+    """Settings of preparing and of streaming, side by side."""
+
+
+class DemoConfig(IterateConfig):
+    """Everything that the demo does; `data.path` and `output` are its own to choose."""
+
+    data: DemoData = DemoData()
+
+
+def demo_settings(budget_minutes: float) -> dict[str, object]:
+    """The demo's settings for a budget: steps grow with it, everything else stays."""
+    scale = budget_minutes / BASE_MINUTES
+    encoder = EncoderSettings(preset="mini")
+
+    def steps(count: int) -> int:
+        return max(4, round(count * scale))
+
+    def train(count: int, **changes: object) -> TrainSettings:
+        fields: dict[str, object] = {
+            "steps": steps(count),
+            "warmup_steps": steps(count) // 10,
+            "num_workers": 2,
+            "zero_stage": 2,
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "log_every_steps": 10,
+            "checkpoint_every_steps": max(25, steps(count) // 4),
+            "epsilon": 1e-8,
+        }
+        return validate(TrainSettings, fields | changes)
+
+    validations = 4
+    tuning = steps(120) // validations * validations
+    return {
+        "iterations": 2,
+        "data": DemoData(clip_seconds=5.0, row_group_clips=40, shard_mib=8.0, shuffle_window_clips=512),
+        "pretrain": PretrainSettings(
+            encoder=encoder, masking=MaskingSettings(max_targets=62), train=train(560, learning_rate=1e-3)
+        ),
+        "distill": DistillSettings(
+            encoder=encoder, tokenizer=TokenizerSettings(init_batches=8), train=train(120, learning_rate=5e-4)
+        ),
+        "finetune": FinetuneSettings(
+            validate_every_steps=tuning // validations,
+            train=train(
+                tuning,
+                steps=tuning,
+                warmup_steps=tuning // 10,
+                num_workers=1,
+                zero_stage=1,
+                checkpoint_every_steps=tuning // validations,
+                learning_rate=1e-3,
+            ),
+        ),
+        "sweep": SweepSettings(
+            num_trials=4,
+            space={
+                "train.learning_rate": SearchParameter(distribution="loguniform", low=2e-4, high=2e-3),
+                "train.layer_decay": SearchParameter(distribution="choice", values=(0.6, 0.8, 1.0)),
+                "augment.mixup": SearchParameter(distribution="choice", values=(0.0, 0.4)),
+            },
+        ),
+        "ray": RaySettings(object_store_mib=768),
+    }
+
+
+def run_demo(data: str | None, budget_minutes: float, output: str, overrides: list[str], console: Console) -> Written:
+    """Runs the demo, or goes on with it, below the local folder `output`.
+
+    data: a folder in ESC-50's layout, local or s3://; a sample set is made where there is none.
+    """
+    from beats_ray.data.datasets.esc50 import check_layout
+
+    if not budget_minutes > 0:
+        raise UserError(f"--budget={budget_minutes:g} must be a positive number of minutes")
+    if "://" in output:
+        raise UserError(f"--output={output}: the demo keeps its object store in a local folder; give a local path")
+    folder = Path(output).absolute()
+    config = load_config(
+        DemoConfig,
+        None,
+        overrides,
+        **(demo_settings(budget_minutes) | {"output": f"s3://{BUCKET}/run", "data": _data_values(budget_minutes)}),
+    )
+    if data:
+        check_layout(open_place(data))
+    console.stage("raw clips")
+    raw = _raw_clips(data, folder)
+    with _object_store(folder):
+        from beats_ray.launch import ray_cluster
+
+        with ray_cluster(config.ray):
+            written = _prepare_and_iterate(config, raw, console)
+    local = folder / "store" / "buckets" / BUCKET / "run"
+    _closing_words(local, raw, console)
+    return [(label, uri.replace(f"s3://{BUCKET}/", f"{folder / 'store' / BUCKET}/")) for label, uri in written]
+
+
+def _data_values(budget_minutes: float) -> dict[str, object]:
+    settings = demo_settings(budget_minutes)["data"]
+    assert isinstance(settings, DemoData)
+    return settings.model_dump() | {"path": f"s3://{BUCKET}/data"}
+
+
+def _raw_clips(data: str | None, folder: Path) -> str:
+    """The folder of the raw clips; remote ones are copied first, since the demo's store takes the S3 settings over."""
+    from beats_ray.data.sample import make_sample_set
+
+    if data and not data.startswith("s3://"):
+        return str(Path(data).absolute())
+    raw = folder / "raw"
+    if not (raw / ".complete").exists():
+        if data:
+            open_place(data).download(raw)
+        else:
+            make_sample_set(raw)
+        (raw / ".complete").touch()
+    return str(raw)
+
+
+@contextlib.contextmanager
+def _object_store(folder: Path) -> Iterator[None]:
+    from beats_ray.objectstore import EmbeddedObjectStore
+
+    with EmbeddedObjectStore(folder / "store") as store:
+        store.make_bucket(BUCKET)
+        before = dict(os.environ)
+        os.environ.update(store.environment())
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _prepare_and_iterate(config: DemoConfig, raw: str, console: Console) -> Written:
+    from beats_ray.data.prepare import prepare
+    from beats_ray.iterate import run_iterate
+
+    console.stage("prepare: raw clips to shards on the object store")
+    settings = PrepareConfig(
+        output=config.data.path,
+        kind="esc50",
+        source=raw,
+        ray=config.ray,
+        data=_part(PrepareSettings, config.data),
+    )
+    prepare(settings, lambda done, total: console.progress(done, total))
+    fields = {name: getattr(config, name) for name in IterateConfig.model_fields}
+    return run_iterate(IterateConfig(**fields | {"data": _part(StreamSettings, config.data)}), console)
+
+
+def _part(kind: type, section: DemoData) -> object:
+    return kind(**{name: getattr(section, name) for name in kind.model_fields})
+
+
+def _closing_words(run: Path, raw: str, console: Console) -> None:
+    from beats_ray.report import leaderboard_rows
+
+    columns, rows = leaderboard_rows(str(run))
+    console.table("Leaderboard", columns, rows)
+    example = next(path for path in sorted(Path(raw, "audio").iterdir()) if path.is_file())
+    console.note("Next:")
+    console.note(f"  beats-ray predict {run}/iteration-2/sweep/model {example}")
+    console.note(f"  tensorboard --logdir {run}")
+    console.note("  beats-ray iterate jobs/iterate-tiny.yaml data.path=DATASET output=RUN     (after `beats-ray prepare`)")

@@ -1,0 +1,254 @@
+"""Batch inference over a prepared data set: Ray Data reads and decodes row groups, a pool of actors runs a model.
+
+    for table in map_clips(dataset, manifest, EmbedWorker, model=open_place("s3://bucket/encoder"), ...):
+        ...                                      # columns: shard, row, clip_id and what the worker returns
+
+Two stages: light tasks fetch row groups and decode FLAC, so that they may run on CPU nodes, and `num_workers` actors,
+each with the published model loaded once, map batches of clips. Between the stages audio travels as int16 samples.
+Results arrive in the order in which they are done; `shard` and `row` say where each belongs.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from beats_ray.config import UserError
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.storage import Place, storage_errors
+
+if TYPE_CHECKING:  # reading tasks import this module too: without PyTorch they start in a second
+    import torch
+
+CPUS_PER_READER = 0.5  # half of a reader's time is waiting for storage
+MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
+KEPT_MODELS = 2  # downloaded models that stay on a node's disk
+
+
+class ClipWorker(Protocol):
+    """What an actor does with clips: built once with the model (None where no model is given), called per batch."""
+
+    def __call__(self, wave_BS: "torch.Tensor", num_samples_B: "torch.Tensor") -> dict[str, Any]:
+        """int16 waveforms, padded with zeros, and their lengths -> columns of B entries: arrays, or lists of arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowGroupSpan:
+    """Where one row group lies, and which rows of its shard it holds."""
+
+    file: str
+    shard: int
+    row_group: int
+    first_row: int
+    """Row of the shard at which the group starts."""
+    clips: int
+    fold: int
+
+
+def row_group_spans(
+    manifest: DatasetManifest,
+    folds: Iterable[int] = (),
+    splits: Iterable[str] = (),
+    shards: Iterable[int] | None = None,
+) -> list[RowGroupSpan]:
+    """The row groups of the given folds, splits and shards, in storage order; an empty choice means all."""
+    folds, splits = set(folds), set(splits)
+    wanted = None if shards is None else set(shards)
+    spans = []
+    for shard_index, shard in enumerate(manifest.shards):
+        first_row = 0
+        for index, group in enumerate(shard.row_groups):
+            chosen = (not folds or group.fold in folds) and (not splits or group.split in splits)
+            if chosen and (wanted is None or shard_index in wanted):
+                spans.append(RowGroupSpan(shard.file, shard_index, index, first_row, group.clips, group.fold))
+            first_row += group.clips
+    return spans
+
+
+def map_clips(
+    dataset: Place,
+    manifest: DatasetManifest,
+    worker_class: Callable[..., ClipWorker],
+    *,
+    model: Place | None = None,
+    worker_options: dict[str, Any] | None = None,
+    row_groups: list[RowGroupSpan] | None = None,
+    batch_clips: int = 16,
+    num_workers: int = 2,
+    use_gpu: bool = False,
+) -> Iterator[pa.Table]:
+    """Yields tables of `shard, row, clip_id, clip_labels, fold` and the worker's columns, every chosen clip once.
+
+    `worker_class(model, **worker_options)` is built in each of `num_workers` actors of one CPU (and one GPU with
+    `use_gpu`). UserError where the cluster is too small.
+    """
+    import ray
+
+    spans = row_group_spans(manifest) if row_groups is None else row_groups
+    if not spans:
+        return
+    num_workers = min(num_workers, sum(-(-span.clips // batch_clips) for span in spans))
+    _check_cluster(num_workers, use_gpu)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Any: Ray's hints of map_batches do not know generators with further arguments.
+    graph: Any = ray.data.from_items(
+        [asdict(span) for span in spans], override_num_blocks=min(len(spans), MAX_READ_TASKS)
+    )
+    graph = graph.map_batches(
+        _read_row_groups,
+        fn_args=(dataset,),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=CPUS_PER_READER,
+    ).map_batches(
+        _ClipActor,
+        fn_constructor_kwargs={"worker_class": worker_class, "model": model, "options": worker_options or {}},
+        batch_size=batch_clips,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=1,
+        num_gpus=1 if use_gpu else 0,
+    )
+    for batch in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        if batch.num_rows:
+            yield batch
+
+
+def _check_cluster(num_workers: int, use_gpu: bool) -> None:
+    import ray
+
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    for name, needed in (("CPU", num_workers + CPUS_PER_READER), ("GPU", num_workers if use_gpu else 0)):
+        if ray.is_initialized() and resources.get(name, 0) < needed:
+            raise UserError(
+                f"num_workers={num_workers} needs {needed:g} {name}s, the cluster has {resources.get(name, 0):g}; "
+                "lower num_workers or add nodes"
+            )
+
+
+# --- inside the cluster -----------------------------------------------------------------------------------------------
+
+
+def _read_row_groups(spans: pa.Table, dataset: Place) -> Iterator[pa.Table]:
+    """Fetches row groups and decodes their FLAC; one output table per row group."""
+    import pyarrow.parquet as pq
+
+    from beats_ray.data.clips import decode_clips
+
+    for span in spans.to_pylist():
+        place = dataset / "shards" / span["file"]
+        with storage_errors(place.uri), place.filesystem.open_input_file(place.path) as stream:
+            columns = ["clip_id", "audio", "num_samples", "labels", "fold"]
+            rows = pq.ParquetFile(stream, pre_buffer=True).read_row_group(span["row_group"], columns=columns)
+        first = span["first_row"]
+        yield pa.table(
+            {
+                "shard": pa.array(np.full(rows.num_rows, span["shard"], np.int32)),
+                "row": pa.array(np.arange(first, first + rows.num_rows, dtype=np.int32)),
+                "clip_id": rows["clip_id"],
+                "clip_labels": rows["labels"],
+                "fold": rows["fold"],
+                "samples": pa.array([clip.wave_S.tobytes() for clip in decode_clips(rows)], pa.large_binary()),
+            }
+        )
+
+
+class _ClipActor:
+    """One process of the pool: loads the model once, pads batches, and turns the worker's results into columns."""
+
+    def __init__(self, worker_class: Callable[..., ClipWorker], model: Place | None, options: dict[str, Any]) -> None:
+        import ray
+        import torch
+
+        assigned = ray.get_runtime_context().get_assigned_resources()
+        torch.set_num_threads(max(1, int(assigned.get("CPU", 1))))
+        self._device = torch.device("cuda" if assigned.get("GPU") else "cpu")
+        module = None if model is None else load_published(model).to(self._device)
+        self._worker = worker_class(module, **options)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import torch
+
+        wave_BS, num_samples_B = pad_clips(batch["samples"].to_pylist())
+        with torch.inference_mode():
+            columns = self._worker(wave_BS.to(self._device), num_samples_B.to(self._device))
+        table = batch.drop_columns(["samples"])
+        for name, values in columns.items():
+            table = table.append_column(name, _column(values))
+        return table
+
+
+def pad_clips(clips: list[bytes]) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Clips of int16 samples as one zero-padded batch: wave_BS (int16) and num_samples_B (int64)."""
+    import torch
+
+    waves = [np.frombuffer(clip, np.int16) for clip in clips]
+    num_samples_B = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    padded = np.zeros((len(waves), max(len(wave) for wave in waves)), np.int16)
+    for row, wave in zip(padded, waves, strict=True):
+        row[: len(wave)] = wave
+    return torch.from_numpy(padded), num_samples_B
+
+
+def _column(values: Any) -> pa.Array:
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
+    return pa.array(values)
+
+
+# --- published models on a node ---------------------------------------------------------------------------------------
+
+
+def load_published(model: Place) -> "torch.nn.Module":
+    """A published model in eval mode. A remote one is downloaded once per node, however many processes ask for it."""
+    from beats_ray.models import load_model
+
+    if not model.is_remote:
+        return load_model(model.path)
+    cache = Path(tempfile.gettempdir()) / f"beats_ray_models_{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    folder = cache / hashlib.sha256(f"{model.uri} {_state_of(model)}".encode()).hexdigest()[:24]
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held while loading too, so that no other process prunes what is being read
+        if not folder.exists():
+            partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+            model.download(partial)
+            partial.rename(folder)
+        os.utime(folder)
+        module = load_model(str(folder))
+        stored = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+        for old in stored[KEPT_MODELS:]:
+            shutil.rmtree(old)
+    return module
+
+
+def _state_of(model: Place) -> list[tuple[str, int, int]]:
+    """Changes whenever a file of the published model was written again."""
+    infos = model.filesystem.get_file_info(pa.fs.FileSelector(model.path, recursive=True, allow_not_found=True))
+    return sorted((info.path, info.size or 0, info.mtime_ns or 0) for info in infos)
+
+
+def check_published(model: Place, field: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The `config.json` of a published model of one of these kinds; UserError naming the config field otherwise."""
+    try:
+        config = (model / "config.json").read_json()
+    except FileNotFoundError:
+        raise UserError(
+            f"{field}={model.uri}: no published model there (no config.json); give a `model` folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{field}={model.uri}: config.json is not valid JSON: {error}") from None
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in kinds:
+        raise UserError(f"{field}={model.uri}: holds kind={kind!r}; give a model of kind {' or '.join(kinds)}")
+    return dict(config)

@@ -1,0 +1,125 @@
+"""Opens the Ray cluster a command runs on, and closes what it opened.
+
+    with ray_cluster(config.ray):
+        ...
+
+A private cluster gets its own temp folder and free ports, so that two on one machine never meet; leaving the block, for
+whatever reason, ends every process of it.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from beats_ray.config import ConfigError, RaySettings, TrainSettings
+
+STOP_SECONDS = 10.0
+CPUS_BESIDE_TRAINING = 1.0
+"""Logical CPUs that reading and decoding needs beside the workers."""
+
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # starting Python takes long on a busy small machine
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_usage_stats_enabled": "0",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+@contextlib.contextmanager
+def ray_cluster(settings: RaySettings) -> Iterator[None]:
+    """Connects to a cluster or starts a private one for the time of the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    joins = settings.address not in ("auto", "local") or (settings.address == "auto" and "RAY_ADDRESS" in os.environ)
+    if joins:
+        address = os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address
+        ray.init(address=address, log_to_driver=False)
+        try:
+            _quiet_libraries()
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _private_cluster(settings):
+        yield
+
+
+def check_fits(settings: TrainSettings) -> None:
+    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and the data pipeline need."""
+    import ray
+
+    total = ray.cluster_resources()
+    workers = settings.num_workers * settings.cpus_per_worker
+    if workers + CPUS_BESIDE_TRAINING > total.get("CPU", 0.0):
+        raise ConfigError(
+            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and "
+            f"{CPUS_BESIDE_TRAINING:g} for data make {workers + CPUS_BESIDE_TRAINING:g} CPUs; the cluster has "
+            f"{total.get('CPU', 0.0):g}; lower num_workers or cpus_per_worker, or raise ray.num_cpus"
+        )
+    if settings.use_gpu and settings.num_workers > total.get("GPU", 0.0):
+        raise ConfigError(
+            f"train.num_workers={settings.num_workers} with use_gpu needs as many GPUs; the cluster has "
+            f"{total.get('GPU', 0.0):g}; lower num_workers or set train.use_gpu=false"
+        )
+
+
+@contextlib.contextmanager
+def _private_cluster(settings: RaySettings) -> Iterator[None]:
+    import ray
+
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    cores = psutil.cpu_count(logical=True) or 1
+    # Short: the paths of Ray's sockets, which lie below it, may have 107 characters at most.
+    scratch = Path(tempfile.mkdtemp(prefix="br-", dir="/tmp"))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    started: list[psutil.Process] = []
+    try:
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus or 2 * cores,
+            object_store_memory=settings.object_store_mib * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(scratch),
+        )
+        _quiet_libraries()
+        yield
+    finally:
+        started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        ray.shutdown()
+        _end(started)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Waits for processes to end, then asks those left over by signal, by their pids alone."""
+    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS / 2)
+    for ask in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ask(process)
+        _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS / 2)
+
+
+def _quiet_libraries() -> None:
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")

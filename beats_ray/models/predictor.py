@@ -1,0 +1,78 @@
+"""Masked patch prediction: the encoder sees some patches, and a small Transformer predicts the labels of others.
+
+Shapes: B clips, T frames, F mel bins, N patches, M visible patches, K targets, D width, V codes.
+Source: paper section 3.2.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from beats_ray.models.config import ModelConfig
+from beats_ray.models.encoder import BeatsEncoder
+from beats_ray.models.masking import PatchMask
+from beats_ray.models.transformer import TransformerStack
+
+
+class PredictorConfig(ModelConfig):
+    """Settings of the label predictor."""
+
+    num_layers: int = 3
+    """Transformer layers. ESPnet's statement of the paper: 3."""
+    num_codes: int = 1024
+    """Labels to choose from: the tokenizer's codebook size. Paper: 1024."""
+    mask_vector: Literal["zero", "learned"] = "zero"
+    """What stands for a masked patch. Paper: zeros; ESPnet: one learned vector."""
+
+
+class MaskedPatchPredictor(nn.Module):
+    """Encoder and label predictor of pre-training.
+
+    The predictor gets the encoded visible patches and one mask vector for each target, in grid order and with the true
+    distances in the relative bias. Masked patches that are not targets carry nothing and are left out.
+    """
+
+    def __init__(self, encoder: BeatsEncoder, config: PredictorConfig | None = None) -> None:
+        super().__init__()
+        config = config or PredictorConfig()
+        width = encoder.config.width
+        self.config = config
+        self.encoder = encoder
+        self.input_proj = nn.Linear(width, width)
+        nn.init.normal_(self.input_proj.weight, std=0.02)
+        nn.init.zeros_(self.input_proj.bias)
+        self.mask_vector = nn.Parameter(torch.empty(width)) if config.mask_vector == "learned" else None
+        if self.mask_vector is not None:
+            nn.init.normal_(self.mask_vector, std=0.02)
+        self.predictor = TransformerStack(encoder.config.model_copy(update={"num_layers": config.num_layers}))
+        self.layer_norm = nn.LayerNorm(width)
+        self.code_proj = nn.Linear(width, config.num_codes)
+        nn.init.normal_(self.code_proj.weight, std=0.02)
+        nn.init.zeros_(self.code_proj.bias)
+
+    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor | None, patch_mask: PatchMask) -> Tensor:
+        """Returns logits_BKV for the targets of the mask; rows of padded targets (index -1) mean nothing."""
+        visible_BM, target_BK = patch_mask
+        encoded = self.encoder(fbank_BTF, num_frames_B, visible_BM)
+        x_BMD = self.input_proj(encoded.features_BND)
+        batch, num_targets = target_BK.shape
+        if self.mask_vector is None:
+            masks_BKD = x_BMD.new_zeros(batch, num_targets, x_BMD.shape[2])
+        else:
+            masks_BKD = self.mask_vector.to(x_BMD.dtype).expand(batch, num_targets, -1)
+        position_BL = torch.cat((visible_BM, target_BK), dim=1)
+        is_pad_BL: Tensor | None = torch.cat((encoded.is_pad_BN, target_BK < 0), dim=1)
+        if position_BL.device.type == "cpu" and is_pad_BL is not None and not is_pad_BL.any():
+            is_pad_BL = None
+        # Order means nothing to attention, whose bias knows the places: visible first, targets last saves a shuffle.
+        grid = self._grid_patches(fbank_BTF)
+        bias_BHLL = self.predictor.relative_bias(grid, position_BL.clamp(min=0))
+        x_BLD = torch.cat((x_BMD, masks_BKD), dim=1)
+        x_BKD = self.predictor.run_layers(x_BLD, bias_BHLL, is_pad_BL, first_wanted=visible_BM.shape[1])[-1]
+        logits: Tensor = self.code_proj(self.layer_norm(x_BKD))
+        return logits
+
+    def _grid_patches(self, fbank_BTF: Tensor) -> int:
+        config = self.encoder.config
+        return max(fbank_BTF.shape[1] // config.patch_size, 1) * (fbank_BTF.shape[2] // config.patch_size)

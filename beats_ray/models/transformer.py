@@ -1,0 +1,174 @@
+"""The Transformer stack that encoder, label predictor and teacher estimator share.
+
+Shapes: B clips, N patches, D width, H heads.
+Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, RelativeBias
+from beats_ray.models.config import EncoderConfig
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward block, post-norm with DeepNorm's residual scale, or pre-norm."""
+
+    def __init__(self, config: EncoderConfig, bias: RelativeBias) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.dropout = config.dropout
+        self.activation_dropout = config.activation_dropout
+        self.residual_scale = (2.0 * config.num_layers) ** 0.25 if config.deep_norm else 1.0
+        self.self_attn = GatedSelfAttention(
+            config.width, config.num_heads, config.attention_dropout, config.gated_relative_bias, bias
+        )
+        self.self_attn_layer_norm = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.fc2 = nn.Linear(config.ffn_width, config.width)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        bias_BHNN: Tensor,
+        is_pad_BN: Tensor | None,
+        *,
+        backend: AttentionBackend = "auto",
+        recompute: bool = False,
+        first_query: int = 0,
+    ) -> Tensor:
+        """Returns the layer's output for the patches from `first_query` on; padding is never attended to."""
+        residual = x_BND[:, first_query:]
+        options: Any = {"backend": backend, "recompute": recompute, "first_query": first_query}
+        if self.pre_norm:
+            normed = self.self_attn_layer_norm(x_BND)
+            x_BND = residual + self._drop(self.self_attn(normed, bias_BHNN, is_pad_BN, **options))
+            return x_BND + self._feed_forward(self.final_layer_norm(x_BND))
+        attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
+        x_BND = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
+        out: Tensor = self.final_layer_norm(torch.add(self._feed_forward(x_BND), x_BND, alpha=self.residual_scale))
+        return out
+
+    def _feed_forward(self, x_BND: Tensor) -> Tensor:
+        hidden = F.gelu(self.fc1(x_BND))
+        if self.training and self.activation_dropout:
+            hidden = F.dropout(hidden, self.activation_dropout)
+        return self._drop(self.fc2(hidden))
+
+    def _drop(self, x_BND: Tensor) -> Tensor:
+        return F.dropout(x_BND, self.dropout) if self.training and self.dropout else x_BND
+
+
+class TransformerStack(nn.Module):
+    """Layers that share one relative bias, computed once a forward pass."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.layer_drop = config.layer_drop
+        self.attention_backend: AttentionBackend = "auto"
+        self.checkpoint_layers = False
+        """Whether the layers' activations are recomputed in the backward pass instead of kept."""
+        self.recompute_attention: bool | None = None
+        """Whether attention weights and gated bias are recomputed in the backward pass; None: on accelerators only."""
+        bias = RelativeBias(config.relative_buckets, config.num_heads, config.relative_max_distance)
+        self.layers = nn.ModuleList(TransformerLayer(config, bias) for _ in range(config.num_layers))
+        initialise_stack(self, config)
+
+    def relative_bias(self, num_patches: int, position_BN: Tensor | None = None) -> Tensor:
+        """The bias of the whole grid (1, H, N, N), or of the patches at `position_BN` (B, H, M, M)."""
+        first = self.layers[0]
+        assert isinstance(first, TransformerLayer)
+        bias: Tensor = first.self_attn.relative_attention_bias(num_patches, position_BN)
+        return bias
+
+    def run_layers(
+        self,
+        x_BND: Tensor,
+        bias_BHNN: Tensor,
+        is_pad_BN: Tensor | None,
+        num_layers: int | None = None,
+        first_wanted: int = 0,
+    ) -> list[Tensor]:
+        """Returns the input and the output of each of the first `num_layers` layers.
+
+        The last output has only the patches from `first_wanted` on, which saves work for the others.
+        """
+        outputs = [x_BND]
+        recompute = self.recompute_attention if self.recompute_attention is not None else x_BND.device.type != "cpu"
+        checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
+        layers = list(self.layers)[:num_layers]
+        for number, layer in enumerate(layers, start=1):
+            first = first_wanted if number == len(layers) else 0
+            options: Any = {"backend": self.attention_backend, "first_query": first}
+            if checkpointed:
+                new_BND = checkpoint(layer, x_BND, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
+            else:
+                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=recompute, **options)
+            if self.training and self.layer_drop:
+                # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
+                keep_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.layer_drop
+                new_BND = torch.where(keep_B11, new_BND, x_BND[:, first:])
+            x_BND = new_BND
+            outputs.append(x_BND)
+        return outputs
+
+    def use(self, attention_backend: AttentionBackend | None = None, checkpoint_layers: bool | None = None) -> Self:
+        """Sets how the stack computes, not what it computes."""
+        if attention_backend is not None:
+            self.attention_backend = attention_backend
+        if checkpoint_layers is not None:
+            self.checkpoint_layers = checkpoint_layers
+        return self
+
+
+def initialise_stack(stack: nn.Module, config: EncoderConfig) -> None:
+    """Initialises like the release: normal with deviation 0.02, and DeepNorm's Xavier gains where it is on."""
+    for module in stack.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    small_gain = (8.0 * config.num_layers) ** -0.25
+    seen_bias = None
+    for layer in stack.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
+        attention = layer.self_attn
+        if attention.relative_attention_bias is not seen_bias:
+            seen_bias = attention.relative_attention_bias
+            nn.init.normal_(seen_bias.weight, std=0.02)
+        if config.deep_norm:
+            for linear in (attention.q_proj, attention.k_proj):
+                nn.init.xavier_normal_(linear.weight, gain=1.0)
+            for linear in (attention.v_proj, attention.out_proj, layer.fc1, layer.fc2):
+                nn.init.xavier_normal_(linear.weight, gain=small_gain)
+
+
+class PositionConv(nn.Module):
+    """Grouped convolution along the patch sequence with weight norm: the convolutional position embedding.
+
+    The parameters are the released ones: `weight_v` with one norm `weight_g` for each tap, and `bias`.
+    """
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.groups = groups
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
+        self.weight_v = nn.Parameter(torch.empty(width, width // groups, kernel))
+        nn.init.normal_(self.weight_v, std=math.sqrt(4.0 / (kernel * width)))
+        with torch.no_grad():
+            self.weight_g.copy_(self.weight_v.norm(dim=(0, 1), keepdim=True))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Returns the position embedding of every grid place; outside the grid counts as zeros."""
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
+        out_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        # An even kernel yields one place too many: the last one goes, as in the release.
+        return F.gelu(out_BDN[..., : x_BND.shape[1]]).transpose(1, 2)

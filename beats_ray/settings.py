@@ -1,0 +1,252 @@
+"""How settings are read and checked: frozen sections, YAML files, `section.field=value` overrides, one-line errors.
+
+The settings themselves are in `beats_ray.config`, which is what the rest of the package imports.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line on stderr, exit status 2, no stack trace."""
+
+
+class ConfigError(UserError):
+    """A configuration that breaks a rule; the message names field, value, rule and remedy."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_section_defaults(cls, values: Any) -> Any:
+        """`finetune: {train: {steps: 10}}` changes one number: the rest stays what *this* section's default says."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in values}
+        return values | {
+            name: _merged(default, values[name]) for name, default in defaults.items() if isinstance(default, Section)
+        }
+
+
+def _merged(default: Section, values: Any) -> Any:
+    if values is None:  # `train:` with nothing below it
+        return default
+    if not isinstance(values, dict):
+        return values
+    merged = {name: getattr(default, name) for name in type(default).model_fields}
+    for name, value in values.items():
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(inner, Section) else value
+    return merged
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_config(
+    kind: type[SectionT], /, path: str | None = None, overrides: list[str] | None = None, **fields: Any
+) -> SectionT:
+    """The config of one job: defaults, then the YAML file, then `fields`, then `section.field=value` overrides.
+
+    Raises ConfigError, one line, for an unreadable file, an unknown key (the nearest valid one is named), a wrong type
+    or a broken rule.
+    """
+    values = _read_yaml(path) if path else {}
+    values |= {name: copy.deepcopy(value) for name, value in fields.items() if value is not None}
+    for override in overrides or []:
+        _apply_override(kind, values, override)
+    return validate(kind, values)
+
+
+def validate(kind: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """`values` as a checked config; ConfigError names the first mistake."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from None
+
+
+def replace(config: SectionT, changes: dict[str, Any]) -> SectionT:
+    """A checked copy of `config` with dotted fields replaced: `replace(c, {"train.steps": 10})`."""
+    values = config.model_dump()
+    for name, value in changes.items():
+        _set_dotted(type(config), values, name, value)
+    return validate(type(config), values)
+
+
+def fingerprint(config: BaseModel | dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that differ when any setting differs."""
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def field_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted names of every setting below `kind`."""
+    names = []
+    for name, field in kind.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names += field_names(annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _apply_override(kind: type[BaseModel], values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    if _annotation(kind, name) is str:
+        _set_dotted(kind, values, name, text)  # as it stands: a folder may be called 2024, or `on`
+        return
+    try:
+        value = _parse_yaml(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {_yaml_problem(error)}") from error
+    _set_dotted(kind, values, name, value)
+
+
+def _annotation(kind: type[BaseModel], name: str) -> Any:
+    """The type of a dotted field; None where there is no such field."""
+    annotation: Any = kind
+    for part in name.split("."):
+        fields = annotation.model_fields if _is_section(annotation) else {}
+        annotation = fields[part].annotation if part in fields else None
+    return annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _entries_kind(annotation: Any) -> type[BaseModel] | None:
+    """`SearchParameter` for `dict[str, SearchParameter]`: a dict whose keys are dotted names themselves."""
+    arguments = get_args(annotation)
+    return arguments[1] if get_origin(annotation) is dict and _is_section(arguments[1]) else None
+
+
+def _set_dotted(kind: type[BaseModel], values: dict[str, Any], name: str, value: Any) -> None:
+    """Sets `section.field`. Below a dict of sections the key takes every part but the last, as in
+    `sweep.space.train.learning_rate.low`, and the dict starts from its default."""
+    *sections, field = name.split(".")
+    annotation: Any = kind
+    for depth, section in enumerate(sections):
+        known = annotation.model_fields.get(section) if _is_section(annotation) else None
+        entries = _entries_kind(known.annotation) if known else None
+        if known and entries and section not in values:
+            values[section] = {key: entry.model_dump() for key, entry in known.default.items()}
+        if values.get(section) is None:
+            values[section] = {}
+        elif isinstance(values[section], BaseModel):
+            values[section] = values[section].model_dump()
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+        annotation = known.annotation if known else None
+        if entries:
+            _set_entry(entries, values, sections[depth + 1 :], field, value)
+            return
+    values[field] = value
+
+
+def _set_entry(kind: type[BaseModel], values: dict[str, Any], key: list[str], field: str, value: Any) -> None:
+    if key and field in kind.model_fields:
+        values.setdefault(".".join(key), {})[field] = value
+    else:  # the whole entry: space.train.steps={distribution: choice, values: [1, 2]}; null takes it out
+        whole = ".".join([*key, field])
+        values.pop(whole, None)
+        if value is not None:
+            values[whole] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number and a key that stands twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"not valid YAML, line {error.problem_mark.line + 1}: {error.problem}"
+    return f"not valid YAML: {' '.join(str(error).split())}"
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        if path.startswith("s3://"):
+            from beats_ray.data.storage import open_place  # which imports this module
+
+            values = _parse_yaml(open_place(path).read_bytes().decode())
+        else:
+            values = _parse_yaml(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: {_yaml_problem(error)}") from error
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"config file {path}: expected `section: ...` at the top, found {type(values).__name__}")
+    return values or {}
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    errors = error.errors()
+    # An unknown key is often why another one is missing: name it first.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _explain_unknown(kind, name)
+    if first["type"] == "missing":
+        return f"{name}: missing; set it in the config file or as {name}=VALUE"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{name}.{reason}" if name else reason
+    if first["type"] in ("model_type", "dict_type"):
+        reason = f"is a section; set its fields, as in {name}.FIELD=VALUE"
+    if first["type"] == "tuple_type":
+        reason = f"is a list; write {name}=[{first['input']}]"
+    return f"{name}={_shown(first)}: {reason[0].lower()}{reason[1:]}"
+
+
+def _shown(error: ErrorDetails) -> str:
+    text = repr(error["input"])
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _explain_unknown(kind: type[BaseModel], name: str) -> str:
+    names = field_names(kind)
+    section, _, last = name.rpartition(".")
+    near = difflib.get_close_matches(name, names, 1, 0.6) or [n for n in names if n.rsplit(".", 1)[-1] == last][:1]
+    if near:
+        return f"{name}: unknown config key; did you mean {near[0]}?"
+    inner = _annotation(kind, section) if section else kind
+    valid = ", ".join(inner.model_fields if _is_section(inner) else kind.model_fields)
+    return f"{name}: unknown config key; valid keys: {valid}"

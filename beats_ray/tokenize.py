@@ -1,0 +1,175 @@
+"""`beats-ray tokenize`: the patch labels of every clip, computed once and written beside the data set's shards.
+
+    OUTPUT/shards/<name of the data shard>.parquet    clip_id: string, labels: list<int16>; same rows, same row groups
+    OUTPUT/labels.json                                written last: what the labels belong to, and codebook usage
+
+A run that was stopped goes on with the shards that are missing; a complete OUTPUT is left as it is.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from beats_ray.config import TokenizeConfig, UserError
+from beats_ray.console import Console
+from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_fingerprint
+from beats_ray.data.storage import Place, open_place, read_table
+from beats_ray.inference import check_published, map_clips, row_group_spans
+
+RESULT_FILE = "labels.json"
+SOURCE_FILE = "source.json"  # written first: what an unfinished OUTPUT belongs to
+TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
+
+
+def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, str]]:
+    """Computes all labels and returns what was written and where; at once where OUTPUT is complete.
+
+    UserError where OUTPUT holds labels of another data set or tokenizer.
+    """
+    dataset, output, tokenizer = open_place(config.data.path), open_place(config.output), open_place(config.tokenizer)
+    manifest = read_manifest(dataset)
+    settings = check_published(tokenizer, "tokenizer", TOKENIZER_KINDS)["config"]["tokenizer"]
+    num_codes = int(settings.get("num_codes") or settings["quantizer"]["num_codes"])
+    source = {"fingerprint": shards_fingerprint(manifest), "tokenizer_sha256": model_sha256(tokenizer)}
+    _claim(output, source)
+    written = [("labels", output.uri)]
+    if (output / RESULT_FILE).exists():
+        return written
+    counts = _label_shards(config, manifest, output, num_codes, console)
+    result = {
+        **source,
+        "data": dataset.uri,
+        "tokenizer": tokenizer.uri,
+        "num_codes": num_codes,
+        "clips": manifest.clips,
+        "patches": int(counts.sum()),
+        **code_usage(counts),
+        "code_counts": counts.tolist(),
+    }
+    (output / RESULT_FILE).write_json(result)
+    console.note(f"{result['used_code_fraction']:.1%} of {num_codes} codes used, perplexity {result['perplexity']:.1f}")
+    return written
+
+
+def code_usage(counts: np.ndarray) -> dict[str, float]:
+    """Part of the codes that occur at all, and the perplexity of their distribution (1: a single code)."""
+    total = counts.sum()
+    probability = counts[counts > 0] / total if total else np.ones(1)
+    perplexity = math.exp(-float((probability * np.log(probability)).sum()))
+    return {"used_code_fraction": float((counts > 0).mean()), "perplexity": perplexity}
+
+
+def model_sha256(model: Place) -> str:
+    """Changes with any byte of a published model."""
+    digest = hashlib.sha256()
+    for place in model.list(recursive=True):
+        if not place.is_dir():
+            digest.update(place.path[len(model.path) :].encode() + b"\0" + place.read_bytes())
+    return digest.hexdigest()
+
+
+def _claim(output: Place, source: dict[str, str]) -> None:
+    """Marks OUTPUT as belonging to this data set and tokenizer, or refuses it."""
+    for name in (RESULT_FILE, SOURCE_FILE):
+        try:
+            found = (output / name).read_json()
+        except FileNotFoundError:
+            continue
+        for key, what in (("fingerprint", "data set"), ("tokenizer_sha256", "tokenizer")):
+            if found.get(key) != source[key]:
+                raise UserError(
+                    f"output={output.uri}: holds labels of another {what}; choose another output or remove it"
+                )
+        return
+    (output / SOURCE_FILE).write_json(source)
+
+
+def _label_shards(
+    config: TokenizeConfig, manifest: DatasetManifest, output: Place, num_codes: int, console: Console
+) -> np.ndarray:
+    """Writes every missing label shard as soon as it is whole; returns how often each code occurs in all of them."""
+    counts = np.zeros(num_codes, np.int64)
+    present = {place.name for place in (output / "shards").list()}
+    missing = []
+    for index, shard in enumerate(manifest.shards):
+        if shard.file in present:
+            counts += _count(read_table(output / "shards" / shard.file, ["labels"])["labels"], num_codes)
+        else:
+            missing.append(index)
+    done = manifest.clips - sum(_clips(manifest, index) for index in missing)
+    console.progress(done, manifest.clips)
+    waiting: dict[int, list[pa.Table]] = {index: [] for index in missing}
+    tables = map_clips(
+        open_place(config.data.path),
+        manifest,
+        PatchLabels,
+        model=open_place(config.tokenizer),
+        row_groups=row_group_spans(manifest, shards=missing),
+        batch_clips=config.batch_clips,
+        num_workers=config.num_workers,
+        use_gpu=config.use_gpu,
+    )
+    for table in tables:
+        done += table.num_rows
+        for index in sorted(set(table["shard"].to_pylist())):
+            waiting[index].append(table.filter(pc.equal(table["shard"], index)))
+            if sum(part.num_rows for part in waiting[index]) == _clips(manifest, index):
+                counts += _write_shard(output, manifest, index, waiting.pop(index), num_codes)
+        console.progress(done, manifest.clips)
+    assert not waiting, f"shards without all their labels: {sorted(waiting)}"
+    return counts
+
+
+def _clips(manifest: DatasetManifest, shard: int) -> int:
+    return sum(group.clips for group in manifest.shards[shard].row_groups)
+
+
+def _write_shard(
+    output: Place, manifest: DatasetManifest, index: int, parts: list[pa.Table], num_codes: int
+) -> np.ndarray:
+    shard = manifest.shards[index]
+    rows = (
+        pa.concat_tables(parts).sort_by("row").select(["clip_id", "patch_labels"]).rename_columns(["clip_id", "labels"])
+    )
+    buffer = pa.BufferOutputStream()
+    first = 0
+    with pq.ParquetWriter(buffer, rows.schema, compression="zstd") as writer:
+        for group in shard.row_groups:  # written one by one: their sizes differ where a fold ends
+            writer.write_table(rows.slice(first, group.clips), row_group_size=group.clips)
+            first += group.clips
+    (output / "shards" / shard.file).write_bytes(buffer.getvalue().to_pybytes())
+    return _count(rows["labels"], num_codes)
+
+
+def _count(labels: pa.ChunkedArray, num_codes: int) -> np.ndarray:
+    values = labels.combine_chunks().flatten() if labels.num_chunks else pa.array([], pa.int16())
+    return np.bincount(values.to_numpy(), minlength=num_codes)
+
+
+class PatchLabels:
+    """A `ClipWorker`: the tokenizer's labels of each clip's patches, without padding."""
+
+    def __init__(self, model: Any) -> None:
+        self._tokenizer = model
+
+    def __call__(self, wave_BS: Any, num_samples_B: Any) -> dict[str, Any]:
+        from beats_ray.models import SelfDistilledTokenizer, compute_fbank, normalise_fbank, num_patches
+        from beats_ray.models.config import FBANK_MEAN, FBANK_STD
+
+        mean, std = FBANK_MEAN, FBANK_STD
+        if isinstance(self._tokenizer, SelfDistilledTokenizer):
+            encoder = self._tokenizer.config.encoder
+            mean, std = encoder.fbank_mean, encoder.fbank_std
+        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
+        labels_BN = self._tokenizer.extract_labels(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
+        labels = labels_BN.cpu().numpy().astype(np.int16)
+        return {
+            "patch_labels": [
+                row[:count] for row, count in zip(labels, num_patches(num_samples_B).tolist(), strict=True)
+            ]
+        }

@@ -1,0 +1,1 @@
+"""Training: one loop, three tasks (pre-training, tokenizer distillation, fine-tuning), DeepSpeed ZeRO under Ray Train."""

@@ -1,0 +1,59 @@
+"""What the loop knows about the process it runs in: rank, device, and how to report."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One training process among `world_size`.
+
+    `report(step, metrics)` hands metrics of a logging or validation step to whoever started the run (Ray Train, a Tune
+    trial, a test); it may raise to end the run.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    report: Callable[[int, dict[str, float]], None]
+
+    def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank, on every worker. Also a barrier."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def ray_train_context() -> WorkerContext:
+    """The context of a Ray Train worker; a process group of its own where it is the only one (local mode)."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    if not dist.is_initialized():
+        start_process_group_of_one()
+    return WorkerContext(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        report=lambda step, metrics: ray.train.report({"step": step, **metrics}),
+    )
+
+
+def start_process_group_of_one() -> None:
+    """The process group that DeepSpeed asks for, where there is but one process."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,100 @@
+"""Fine-tuning: a mean-pooled classifier on a pre-trained encoder (paper section 4.2).
+
+Single-label data are trained with (soft) cross-entropy, multi-label data with binary cross-entropy; waveform mixup mixes
+the targets alike. Layer-wise learning-rate decay follows the encoder's depth.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beats_ray.config import FinetuneSettings
+from beats_ray.data.augment import mask_spectrogram, mixup, roll
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.batches import MicroBatch
+from beats_ray.models import (
+    AudioClassifier,
+    BeatsEncoder,
+    ClassifierConfig,
+    compute_fbank,
+    normalise_fbank,
+    save_model,
+)
+from beats_ray.train.loop import Prepared
+from beats_ray.train.metrics import MetricSums
+
+
+class FinetuneModule(nn.Module):
+    """Classifier with its loss, as one module for the engine."""
+
+    def __init__(self, classifier: AudioClassifier, multi_label: bool, label_smoothing: float) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self._multi_label = multi_label
+        self._label_smoothing = label_smoothing
+
+    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor, targets_BC: Tensor) -> tuple[Tensor, MetricSums]:
+        """Loss summed over clips, and metric sums."""
+        logits_BC = self.classifier(fbank_BTF, num_frames_B).float()
+        if self._multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none").mean(1).sum()
+        else:
+            smoothing = self._label_smoothing if self.training else 0.0
+            loss = F.cross_entropy(logits_BC, targets_BC, reduction="sum", label_smoothing=smoothing)
+        with torch.no_grad():
+            correct = targets_BC.gather(1, logits_BC.argmax(1, keepdim=True)).round().sum()
+            count = torch.tensor(float(len(logits_BC)), device=logits_BC.device)
+        return loss, {"train/accuracy": (correct, count)}
+
+
+class FinetuneTask:
+    """Classification of whole clips, starting from `encoder`'s weights."""
+
+    def __init__(self, settings: FinetuneSettings, encoder: BeatsEncoder, manifest: DatasetManifest) -> None:
+        self._settings = settings
+        changes = {"dropout": settings.dropout, "layer_drop": settings.layer_drop}
+        self._config = encoder.config.model_copy(update=changes)
+        tuned = BeatsEncoder(self._config, encoder.positions)
+        tuned.load_state_dict(encoder.state_dict())
+        self._multi_label = manifest.multi_label
+        self._classes = ClassifierConfig(num_classes=len(manifest.label_names))
+        self._class_names = manifest.label_names
+        self.module = FinetuneModule(
+            AudioClassifier(tuned, self._classes, self._class_names), manifest.multi_label, settings.label_smoothing
+        )
+        tuned.use(checkpoint_layers=settings.train.activation_checkpointing)
+
+    def depths(self) -> Mapping[str, int]:
+        depths = self.module.classifier.parameter_depths()
+        return {f"classifier.{name}": depth for name, depth in depths.items()}
+
+    @torch.no_grad()
+    def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        augment = self._settings.augment
+        wave_BS, targets_BC = batch.audio_BS.float() / 32768.0, batch.targets_BC.float()
+        num_samples_B = batch.num_samples_B
+        if training:
+            wave_BS = roll(wave_BS, num_samples_B, round(augment.roll_seconds * self._config.sample_rate_hz), generator)
+            if augment.mixup:
+                wave_BS, num_samples_B, targets_BC = mixup(
+                    wave_BS, num_samples_B, targets_BC, augment.mixup, generator, self._multi_label
+                )
+        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
+        fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
+        if training:
+            fbank_BTF = mask_spectrogram(
+                fbank_BTF, num_frames_B, augment.time_mask_fraction, augment.freq_mask_bins, generator
+            )
+        clips = torch.tensor(len(wave_BS), device=wave_BS.device)
+        return Prepared((fbank_BTF, num_frames_B, targets_BC), clips)
+
+    def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        prefix = "classifier."
+        classifier = AudioClassifier(BeatsEncoder(self._config), self._classes, self._class_names)
+        classifier.load_state_dict(
+            {name.removeprefix(prefix): value.float() for name, value in state_dict.items() if name.startswith(prefix)}
+        )
+        save_model(classifier, folder)

@@ -1,0 +1,241 @@
+"""The training commands, on the driver: check everything, then hand one run to Ray Train.
+
+`run_pretrain`, `run_distill` and `run_finetune` differ in the task they name; `_Run` is what the workers get.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from beats_ray.config import (
+    ConfigError,
+    DistillConfig,
+    FinetuneConfig,
+    Job,
+    PretrainConfig,
+    StreamSettings,
+    TrainSettings,
+    UserError,
+    fingerprint,
+)
+from beats_ray.console import Console
+from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.storage import Place, open_place
+from beats_ray.launch import check_fits
+from beats_ray.stage import is_complete, run_stage
+
+WATCH_SECONDS = 1.0
+
+Written = list[tuple[str, str]]
+"""What a job wrote: (label, place)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, small enough to send to every worker."""
+
+    kind: Literal["pretrain", "distill", "finetune"]
+    config: Any
+    """PretrainConfig, DistillConfig or FinetuneConfig."""
+    manifest: DatasetManifest
+    output: Place
+    cache: Any = None
+    """ClipCache with the decoded clips; None where they are streamed."""
+
+    @property
+    def train(self) -> TrainSettings:
+        settings: TrainSettings = self.config.train
+        return settings
+
+    @property
+    def data(self) -> StreamSettings:
+        settings: StreamSettings = self.config.data
+        return settings
+
+
+def run_pretrain(config: PretrainConfig, console: Console) -> Written:
+    """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
+    if not config.tokenizer:
+        raise ConfigError("tokenizer is empty; give the folder of a published tokenizer (see `beats-ray iterate`)")
+    _require_model(config.tokenizer, "tokenizer")
+    return _train(Run("pretrain", config, _manifest(config.data), open_place(config.output)), console)
+
+
+def run_distill(config: DistillConfig, console: Console) -> Written:
+    """Distils a teacher encoder into a tokenizer; writes `output/model`."""
+    if not config.teacher:
+        raise ConfigError("teacher is empty; give the folder of a published encoder")
+    _require_model(config.teacher, "teacher")
+    return _train(Run("distill", config, _manifest(config.data), open_place(config.output)), console)
+
+
+def run_finetune(config: FinetuneConfig, console: Console) -> Written:
+    """Fine-tunes an encoder on the folds that are neither test nor validation; writes `output/model`."""
+    if not config.encoder:
+        raise ConfigError("encoder is empty; give the folder of a published encoder")
+    _require_model(config.encoder, "encoder")
+    manifest = _manifest(config.data)
+    check_folds(config, manifest)
+    return _train(Run("finetune", config, manifest, open_place(config.output), load_cache(config.data, manifest)), console)
+
+
+def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
+    """ConfigError when the data set lacks a fold that training, validation or test needs."""
+    known = sorted(int(fold) for fold in manifest.clips_by_fold)
+    for name in ("validation_fold", "test_fold"):
+        fold = getattr(config.folds, name)
+        if fold not in known and fold != -1:
+            raise ConfigError(f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}")
+
+
+def training_folds(config: FinetuneConfig, manifest: DatasetManifest) -> tuple[int, ...]:
+    """The folds that weights are fitted on: neither the test nor the validation fold."""
+    held_out = (config.folds.test_fold, config.folds.validation_fold)
+    wanted = config.data.folds or tuple(sorted(int(fold) for fold in manifest.clips_by_fold))
+    return tuple(fold for fold in wanted if fold not in held_out)
+
+
+def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
+    """The decoded clips of a small labelled set, read once through Ray Data into the object store."""
+    from beats_ray.data.cache import materialize_clips
+
+    return materialize_clips(open_place(data.path), manifest, data)
+
+
+def _manifest(data: StreamSettings) -> DatasetManifest:
+    if not data.path:
+        raise ConfigError("data.path is empty; give the folder that `beats-ray prepare` wrote")
+    return read_manifest(open_place(data.path))
+
+
+def _require_model(uri: str, field_name: str) -> None:
+    if not (open_place(uri) / "config.json").exists():
+        raise UserError(f"{field_name}={uri}: no published model there (config.json is missing)")
+
+
+def _train(run: Run, console: Console) -> Written:
+    """Runs to the end, or returns at once when it has been run already with the same config."""
+    if not is_complete(run.output):
+        check_fits(run.train)
+
+    def work() -> None:
+        with watch(run, console):
+            _fit(run)
+
+    run_stage(run.output, run_identity(run.config), work)
+    return _written(run)
+
+
+def run_identity(config: Job) -> dict[str, Any]:
+    """What makes a run the same run: its config without where and on what cluster it runs."""
+    return config.model_dump(mode="json", exclude={"ray", "output"})
+
+
+def _written(run: Run) -> Written:
+    return [("model", (run.output / "model").uri), ("metrics", (run.output / "metrics.jsonl").uri)]
+
+
+def _fit(run: Run) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    settings = run.train
+    datasets: dict[str, Callable[[], Any]] = {}
+    data_config = None
+    if run.cache is None:
+        from beats_ray.data.stream import execution_options
+
+        datasets["train"] = lambda: _stream_from_last_checkpoint(run)
+        data_config = ray.train.DataConfig(execution_options=execution_options(run.data, settings.num_workers))
+    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
+    scratch = run.output / "ray-train"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"run": run},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+        ),
+        datasets=datasets,
+        dataset_config=data_config,
+        torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
+            storage_path=scratch.path,
+            storage_filesystem=scratch.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+def _stream_from_last_checkpoint(run: Run) -> Any:
+    """Called at every (re)start of the workers: the data go on where the newest checkpoint stands."""
+    from beats_ray.data.stream import build_stream
+    from beats_ray.train.checkpoint import committed_steps
+
+    steps = committed_steps(run.output / "checkpoints")
+    labels = getattr(run.config, "labels", "")
+    return build_stream(
+        open_place(run.data.path),
+        run.manifest,
+        run.data,
+        seed=run.train.seed,
+        global_batch_size=run.train.global_batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        start_step=steps[-1] if steps else 0,
+        stop_step=run.train.steps,
+        labels=open_place(labels) if labels else None,
+    )
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    from beats_ray.train.worker import train
+
+    train(payload["run"])
+
+
+class watch:  # noqa: N801 - used as a with-statement's word
+    """Shows a run's progress while the block runs, read from the `progress.json` that its first worker writes."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self._run = run
+        self._console = console
+        self._stopped = threading.Event()
+        self._shown_step = -1
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._show()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(WATCH_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        try:
+            record = (self._run.output / "progress.json").read_json()
+        except FileNotFoundError:
+            return
+        if record["step"] == self._shown_step:
+            return
+        self._shown_step = record["step"]
+        shown = {name: value for name, value in record.items() if name in _SHOWN}
+        total = self._run.train.steps * self._run.train.global_batch_size
+        self._console.progress(record["clips"], total, **{_SHOWN[name]: value for name, value in shown.items()})
+
+
+_SHOWN = {
+    "train/loss": "loss",
+    "train/masked_accuracy": "accuracy",
+    "train/clip_band_loss": "clip-band loss",
+    "tokenizer/perplexity": "perplexity",
+    "validation/accuracy": "validation accuracy",
+    "data/wait_fraction": "data wait",
+}

@@ -1,0 +1,220 @@
+"""The training loop: fetch, prepare, forward, backward, step, log, validate, checkpoint.
+
+One loop serves every task. A task turns a micro-batch into inputs and says how many targets they hold *before* the
+forward pass, so that each worker's loss is divided by the number of targets of the whole global batch: the gradient
+is that of the mean over all targets, however unevenly they fall on workers and micro-batches.
+
+Everything random is drawn from generators that are seeded by (seed, step, place), never carried over, so a run that is
+restored at a checkpoint goes on exactly as if it had not stopped.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from beats_ray.config import TrainSettings
+from beats_ray.data.storage import Place
+from beats_ray.data.batches import MicroBatch
+from beats_ray.train.checkpoint import ResumeCheckpoints
+from beats_ray.train.context import WorkerContext
+from beats_ray.train.engine import Engine
+from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
+from beats_ray.train.optimizer import learning_rate
+
+
+HeldOut = Literal["validation", "test"]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of one forward pass, on the training device."""
+
+    inputs: tuple[Any, ...]
+    num_targets: torch.Tensor
+    """How many terms the loss sums over, scalar."""
+
+
+class Task(Protocol):
+    """One training objective. `module(*inputs)` returns `(loss_sum, metrics)`: a scalar and (sum, count) pairs."""
+
+    module: nn.Module
+
+    def depths(self) -> Mapping[str, int]:
+        """Depth of each parameter, for layer-wise learning-rate decay."""
+        ...
+
+    def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        """The inputs for a micro-batch, which is on the training device already."""
+        ...
+
+    def publish(self, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes the published model made of these weights to a local folder."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Where micro-batches come from."""
+
+    def training(self, first_step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches on its device from step `first_step` on, in the order of the plan."""
+        ...
+
+    def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
+        """This rank's part of the validation or test clips, each once; None where the run has none."""
+        ...
+
+
+def run_training(
+    task: Task,
+    source: BatchSource,
+    settings: TrainSettings,
+    context: WorkerContext,
+    output: Place,
+    validate_every_steps: int | None = None,
+) -> dict[str, float]:
+    """Trains `task` to `settings.steps` and publishes the model to `output/model`; resumes by itself.
+
+    Returns the last reported metrics. Every worker calls it with the same arguments but its own `context` and `source`.
+    """
+    torch.manual_seed(settings.seed)
+    checkpoints = ResumeCheckpoints(output / "checkpoints", context, settings.keep_checkpoints)
+    engine = Engine(task.module, settings, task.depths())
+    first_step = checkpoints.restore(engine)
+    batches = source.training(first_step)
+    log = MetricsLog(output, first_step) if context.rank == 0 else None
+    meter = _Meter(settings, context, first_step)
+    metrics: dict[str, float] = {}
+
+    for step in range(first_step, settings.steps):
+        _seed_dropout(settings.seed, step, context.rank)
+        prepared = [_fetch(task, batches, settings, context, meter) for _ in range(settings.accumulation_steps)]
+        num_targets = context.all_reduce(torch.stack([part.num_targets for part in prepared]).sum().double())
+        for index, part in enumerate(prepared):
+            loss_sum, sums = engine(*part.inputs)
+            engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
+            engine.step(step, last_micro_batch=index == len(prepared) - 1)
+            meter.add({"train/loss": (loss_sum, part.num_targets), **sums})
+
+        done = step + 1
+        last = done == settings.steps
+        validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
+        if done % settings.log_every_steps == 0 or last or validates:
+            metrics = meter.report(done, engine)
+            if not math.isfinite(metrics["train/loss"]):
+                raise TrainingDiverged(f"train/loss is {metrics['train/loss']} at step {done}; lower train.learning_rate")
+            if validates:
+                metrics |= evaluate(task, engine, source, context, "validation")
+            if last:
+                metrics |= evaluate(task, engine, source, context, "test")
+        if log and metrics.get("step") == done:
+            log.write(metrics)
+        if done % settings.checkpoint_every_steps == 0 and not last:
+            if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
+                log.flush()
+            checkpoints.save(engine, done)
+        if metrics.get("step") == done and not last:
+            context.report(done, metrics)
+
+    publish(task, engine, context, output)
+    if log:
+        log.close()
+    context.report(settings.steps, metrics)
+    return metrics
+
+
+def evaluate(
+    task: Task, engine: Engine, source: BatchSource, context: WorkerContext, part: HeldOut
+) -> dict[str, float]:
+    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`."""
+    clips = source.held_out(part)
+    if clips is None:
+        return {}
+    means = MetricMeans()
+    engine.eval()
+    generator = torch.Generator(context.device)
+    with torch.no_grad():
+        for batch in clips:
+            generator.manual_seed(0)
+            part = task.prepare(batch, generator, training=False)
+            loss_sum, sums = task.module(*part.inputs)
+            means.add({"train/loss": (loss_sum, part.num_targets), **sums})
+    engine.train()
+    return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
+
+
+def publish(task: Task, engine: Engine, context: WorkerContext, output: Place) -> None:
+    """Writes the published model to `output/model`; every rank must call it."""
+    state_dict = engine.full_state_dict()
+    if context.rank == 0:
+        with tempfile.TemporaryDirectory(prefix="beats-ray-publish-") as scratch:
+            folder = Path(scratch) / "model"
+            task.publish(state_dict, folder)
+            (output / "model").upload(folder)
+    context.gather(None)  # nobody goes on before the model is there
+
+
+def _fetch(
+    task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: "_Meter"
+) -> Prepared:
+    batch = next(batches)
+    meter.waited(batch.wait_seconds)
+    generator = torch.Generator(context.device).manual_seed(seed_of(settings.seed, batch.first_position))
+    return task.prepare(batch, generator, training=True)
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed from several numbers; nearby numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    torch.manual_seed(seed_of(seed, step, rank))
+
+
+class _Meter:
+    """Rates and sums between two reports."""
+
+    def __init__(self, settings: TrainSettings, context: WorkerContext, first_step: int) -> None:
+        self._settings = settings
+        self._context = context
+        self._means = MetricMeans()
+        self._last_step = first_step
+        self._started = self._last_time = time.perf_counter()
+        self._wait_seconds = 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._wait_seconds += seconds
+
+    def add(self, sums: MetricSums) -> None:
+        self._means.add(sums)
+
+    def report(self, step: int, engine: Engine) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = now - self._last_time
+        wait = torch.tensor(self._wait_seconds / seconds, device=self._context.device)
+        self._means.add(
+            {"data/wait_fraction": (wait, torch.ones_like(wait))}
+        )
+        metrics = {
+            "step": step,
+            "seconds": now - self._started,
+            "clips": step * self._settings.global_batch_size,
+            **self._means.reduce(self._context),
+            "train/learning_rate": learning_rate(step - 1, self._settings),
+            "train/grad_norm": engine.grad_norm(),
+            "perf/clips_per_s": (step - self._last_step) * self._settings.global_batch_size / seconds,
+        }
+        self._last_step, self._last_time, self._wait_seconds = step, now, 0.0
+        return metrics

@@ -1,0 +1,108 @@
+"""Metrics of a run: exact means over all workers, and where they are written.
+
+A metric is a pair (sum, count). Sums are kept on the device and reduced over the workers only on logging steps.
+"""
+
+import json
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beats_ray.data.storage import Place
+from beats_ray.models import codebook_usage
+from beats_ray.train.context import WorkerContext
+
+MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor]
+"""Name -> (sum, count), both scalars on the training device; or, for `.../code_counts`, how often each code came up."""
+
+CODE_COUNTS = "/code_counts"
+
+
+class MetricMeans:
+    """Accumulates sums and gives count-weighted means over all workers; of code counts, used fraction and perplexity."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, sums: MetricSums) -> None:
+        for name, value in sums.items():
+            total = torch.stack([part.detach().double() for part in value]) if isinstance(value, tuple) else value.double()
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def reduce(self, context: WorkerContext) -> dict[str, float]:
+        """Means over everything added since the last call, on every worker. All ranks must hold the same names."""
+        names = sorted(self._totals)
+        if not names:
+            return {}
+        sizes = [self._totals[name].numel() for name in names]
+        flat = context.all_reduce(torch.cat([self._totals[name] for name in names])).cpu()
+        self._totals.clear()
+        means: dict[str, float] = {}
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            if name.endswith(CODE_COUNTS):
+                prefix = name.removesuffix(CODE_COUNTS)
+                means[f"{prefix}/used_code_fraction"], means[f"{prefix}/perplexity"] = codebook_usage(part)
+            elif part[1] > 0:
+                means[name] = float(part[0] / part[1])
+        return means
+
+
+def code_counts(labels_BN: Tensor, num_codes: int) -> Tensor:
+    """How often each code stands in `labels_BN` (-1 at padding)."""
+    return torch.bincount(labels_BN.flatten() + 1, minlength=num_codes + 1)[1:]
+
+
+class MetricsLog:
+    """Rank 0's record of a run: `metrics.jsonl`, TensorBoard files and a small `progress.json` for whoever watches.
+
+    `progress.json` is replaced at every report, in the background; the others are written by `flush` (at checkpoints
+    and at the end), since object storage cannot append.
+    """
+
+    def __init__(self, output: Place, resumed_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._output = output
+        self._records = [record for record in read_metrics(output) if record["step"] <= resumed_step]
+        self._folder = tempfile.TemporaryDirectory(prefix="beats-ray-tensorboard-")
+        self._writer = SummaryWriter(self._folder.name, filename_suffix=f".step{resumed_step}")
+        self._publisher: threading.Thread | None = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds one report; `record["step"]` is its place on the x axis."""
+        self._records.append(record)
+        for name, value in record.items():
+            if "/" in name:
+                self._writer.add_scalar(name, value, record["step"])
+        if self._publisher is None or not self._publisher.is_alive():  # the newest wins; none is waited for
+            self._publisher = threading.Thread(
+                target=(self._output / "progress.json").write_json, args=(dict(record),), daemon=True
+            )
+            self._publisher.start()
+
+    def flush(self) -> None:
+        """Writes everything so far to storage."""
+        if self._publisher is not None:
+            self._publisher.join()
+        self._writer.flush()
+        lines = "".join(json.dumps(record) + "\n" for record in self._records)
+        (self._output / "metrics.jsonl").write_bytes(lines.encode())
+        (self._output / "tensorboard").upload(Path(self._folder.name))
+
+    def close(self) -> None:
+        self.flush()
+        self._writer.close()
+        self._folder.cleanup()
+
+
+def read_metrics(output: Place) -> list[dict[str, Any]]:
+    """The reports of a run, oldest first; empty where it has none yet."""
+    try:
+        text = (output / "metrics.jsonl").read_bytes().decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines() if line]

@@ -1,0 +1,126 @@
+"""What runs inside a training process: the run's task, its batches, and the loop."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beats_ray.data.storage import Place, open_place
+from beats_ray.data.batches import MicroBatch
+from beats_ray.train.context import WorkerContext, ray_train_context
+from beats_ray.train.jobs import Run, training_folds
+from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
+
+
+def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
+    """Runs this worker's part of `run`; the context is Ray Train's unless given."""
+    context = context or ray_train_context()
+    torch.manual_seed(run.train.seed)
+    task = build_task(run)
+    source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
+    validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
+    return run_training(task, source, run.train, context, run.output, validate_every)
+
+
+def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
+    """A Tune trial's run: one worker, and every validation is reported to Tune with its number."""
+    context = ray_train_context()
+
+    def report_validations(step: int, metrics: dict[str, float]) -> None:
+        if "validation/accuracy" in metrics:
+            report({**metrics, "validations": -(-step // run.config.validate_every_steps)})
+
+    train(run, replace(context, report=report_validations))
+
+
+def build_task(run: Run) -> Task:
+    """The task object of a run; published models it starts from are fetched from storage."""
+    config = run.config
+    if run.kind == "pretrain":
+        from beats_ray.train.pretrain import PretrainTask, num_codes_of
+
+        tokenizer = load_published(open_place(config.tokenizer))
+        return PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
+    if run.kind == "distill":
+        from beats_ray.train.distill import DistillTask
+
+        return DistillTask(config, load_published(open_place(config.teacher)))
+    from beats_ray.train.finetune import FinetuneTask
+
+    return FinetuneTask(config, load_published(open_place(config.encoder)), run.manifest)
+
+
+def load_published(place: Place) -> Any:
+    """A published model, from a local folder or from object storage."""
+    from beats_ray.models import load_model
+
+    if not place.is_remote:
+        return load_model(place.path)
+    with tempfile.TemporaryDirectory(prefix="beats-ray-model-") as scratch:
+        return load_model(place.download(Path(scratch)))
+
+
+class StreamedBatches:
+    """Batches of Ray Data's stream; this worker's share of it comes from Ray Train."""
+
+    def __init__(self, run: Run, context: WorkerContext) -> None:
+        self._run = run
+        self._context = context
+
+    def training(self, first_step: int) -> Iterator[MicroBatch]:
+        import ray.train
+
+        from beats_ray.data.batches import iterate_micro_batches
+
+        settings = self._run.train
+        return iterate_micro_batches(
+            ray.train.get_dataset_shard("train"),
+            micro_batch_size=settings.micro_batch_size,
+            prefetch_batches=self._run.data.prefetch_batches,
+            first_step=first_step,
+            global_batch_size=settings.global_batch_size,
+            rank=self._context.rank,
+            world_size=self._context.world_size,
+            device=self._context.device,
+        )
+
+    def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
+        return None
+
+
+class CachedBatches:
+    """Batches of clips that lie decoded in the object store."""
+
+    def __init__(self, run: Run, context: WorkerContext) -> None:
+        self._run = run
+        self._context = context
+
+    def training(self, first_step: int) -> Iterator[MicroBatch]:
+        settings = self._run.train
+        batches: Iterator[MicroBatch] = self._run.cache.batches(
+            folds=training_folds(self._run.config, self._run.manifest),
+            seed=settings.seed,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            start_step=first_step,
+            stop_step=settings.steps,
+            rank=self._context.rank,
+            world_size=self._context.world_size,
+        )
+        return batches
+
+    def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
+        folds = self._run.config.folds
+        fold = folds.validation_fold if part == "validation" else folds.test_fold
+        if fold == -1:
+            return None
+        batches: Iterable[MicroBatch] = self._run.cache.eval_batches(
+            folds=(fold,),
+            micro_batch_size=self._run.train.micro_batch_size,
+            rank=self._context.rank,
+            world_size=self._context.world_size,
+        )
+        return batches

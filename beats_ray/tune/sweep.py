@@ -1,0 +1,171 @@
+"""A sweep: Ray Tune looks for the fine-tuning settings that do best on the validation fold.
+
+Every trial is a Ray Train run of one worker inside its Tune actor, so a trial's reservation is all it needs and a sweep
+cannot deadlock. Decoded clips are read once for all trials. ASHA stops trials that fall behind; the best of those that
+ran to the end is published to `output/model`. The test fold is looked at once by each finished trial and chooses
+nothing.
+"""
+
+from typing import Any
+
+from beats_ray.config import ConfigError, FinetuneConfig, SweepConfig, UserError, replace
+from beats_ray.console import Console
+from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.storage import Place, open_place
+from beats_ray.stage import run_stage
+from beats_ray.train.jobs import Run, Written, check_folds, load_cache, run_identity
+from beats_ray.tune.space import check_space, tune_domains
+
+METRIC = "validation/accuracy"
+
+
+def run_sweep(config: SweepConfig, console: Console) -> Written:
+    """Runs (or resumes) the sweep; writes `output/leaderboard.json` and the best model to `output/model`."""
+    output = open_place(config.output)
+    manifest = read_manifest(open_place(config.data.path))
+    _check(config, manifest)
+    run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output, console))
+    return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
+
+
+def _check(config: SweepConfig, manifest: DatasetManifest) -> None:
+    if not config.encoder or not (open_place(config.encoder) / "config.json").exists():
+        raise UserError(f"encoder={config.encoder!r}: no published model there (config.json is missing)")
+    if config.finetune.train.num_workers != 1:
+        raise ConfigError(
+            f"finetune.train.num_workers={config.finetune.train.num_workers}: a trial has one worker; use 1 and "
+            "raise sweep.max_concurrent_trials"
+        )
+    check_space(config.sweep.space, config.finetune)
+    check_folds(trial_config(config, "check", {}), manifest)
+
+
+def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any]) -> FinetuneConfig:
+    """The fine-tuning run that one trial is."""
+    settings = replace(config.finetune, parameters)
+    return FinetuneConfig(
+        output=f"{config.output}/trials/{trial_id}",
+        data=config.data,
+        encoder=config.encoder,
+        ray=config.ray,
+        **{name: getattr(settings, name) for name in type(settings).model_fields},
+    )
+
+
+def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, console: Console) -> None:
+    from ray import tune
+
+    cache = load_cache(config.data, manifest)
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, config=config, manifest=manifest, cache=cache), _trial_resources(config)
+    )
+    folder = output / "tune"
+    path = f"{folder.path}/trials"
+    if tune.Tuner.can_restore(path, storage_filesystem=folder.filesystem):
+        tuner = tune.Tuner.restore(
+            path, trainable, storage_filesystem=folder.filesystem, resume_unfinished=True, restart_errored=True
+        )
+    else:
+        tuner = _new_tuner(config, trainable, folder)
+    results = tuner.fit()
+    board = leaderboard(config, results)
+    (output / "leaderboard.json").write_json(board)
+    if board["best"] is None:
+        errors = sorted({str(error).strip().splitlines()[-1] for error in results.errors})
+        raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(errors) or 'all were stopped'}")
+    _copy(output / "trials" / board["best"]["trial_id"] / "model", output / "model")
+    for row in board["trials"]:  # the models of the others are of no further use
+        if row["trial_id"] != board["best"]["trial_id"]:
+            (output / "trials" / row["trial_id"] / "checkpoints").delete()
+
+
+def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    settings, steps = config.sweep, config.finetune.train.steps
+    validations = max(1, -(-steps // config.finetune.validate_every_steps))
+    search = OptunaSearch(seed=settings.seed) if settings.search == "optuna" else None
+    return tune.Tuner(
+        trainable,
+        param_space=tune_domains(settings.space),
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=settings.num_trials,
+            max_concurrent_trials=settings.max_concurrent_trials,
+            search_alg=search,
+            scheduler=ASHAScheduler(
+                time_attr="validations",
+                max_t=validations,
+                grace_period=min(settings.grace_validations, validations),
+                reduction_factor=settings.reduction_factor,
+            ),
+            reuse_actors=True,
+            trial_name_creator=lambda trial: str(trial.trial_id),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _trial_resources(config: SweepConfig) -> dict[str, float]:
+    train = config.finetune.train
+    return {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if train.use_gpu else {})
+
+
+def run_trial(
+    parameters: dict[str, Any], config: SweepConfig, manifest: DatasetManifest, cache: Any
+) -> None:
+    """One trial, in its Tune actor: a Ray Train run in this very process."""
+    import ray.train
+    from ray import tune
+    from ray.train.torch import TorchTrainer
+
+    from beats_ray.train.worker import train_trial
+
+    trial_id = tune.get_context().get_trial_id()
+    run = Run("finetune", trial_config(config, trial_id, parameters), manifest, open_place(config.output) / "trials" / trial_id, cache)
+    TorchTrainer(
+        lambda: train_trial(run, lambda metrics: tune.report(metrics)),
+        scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=run.train.use_gpu),
+    ).fit()
+
+
+def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:
+    """All trials, best validation accuracy first; `best` is the first of those that ran to the end."""
+    rows = []
+    for result in results:
+        metrics = result.metrics or {}
+        frame = result.metrics_dataframe
+        steps = int(metrics.get("step", 0))
+        rows.append(
+            {
+                "trial_id": str(metrics.get("trial_id") or result.path.rsplit("/", 1)[-1]),
+                "config": result.config,
+                "validation_accuracy": metrics.get(METRIC),
+                "test_accuracy": metrics.get("test/accuracy"),
+                "steps": steps,
+                "stopped_early": result.error is None and steps < config.finetune.train.steps,
+                "status": "failed" if result.error else "complete",
+                "history": []
+                if frame is None
+                else frame[[name for name in ("step", METRIC, "train/loss") if name in frame]].to_dict("records"),
+            }
+        )
+    rows.sort(key=lambda row: (-(row["validation_accuracy"] or 0.0), row["trial_id"]))
+    finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
+    return {"metric": METRIC, "trials": rows, "best": finished[0] if finished else None}
+
+
+def _copy(source: Place, target: Place) -> None:
+    for place in source.list(recursive=True):
+        if not place.is_dir():
+            (target / place.path[len(source.path) + 1 :]).write_bytes(place.read_bytes())

@@ -1,0 +1,11 @@
+"""`beats-ray evaluate` as a script: evaluates a published model.
+
+ray job submit --working-dir . -- python jobs/evaluate.py output=... data.path=... model=...
+"""
+
+import sys
+
+from beats_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

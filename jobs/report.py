@@ -1,0 +1,11 @@
+"""`beats-ray report` as a script: writes the report of a run.
+
+ray job submit --working-dir . -- python jobs/report.py RUN
+"""
+
+import sys
+
+from beats_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["report", *sys.argv[1:]]))

@@ -1,0 +1,18 @@
+"""Rules for every test: it says how long it takes, and it never reaches the developer's own cloud account."""
+
+import os
+
+import pytest
+
+KINDS = ("unit", "ray", "slow", "gpu")
+
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+for _name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+    os.environ[_name] = os.devnull
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test without a marker would run nowhere: it is an error."""
+    unmarked = [item.nodeid for item in items if not any(item.get_closest_marker(kind) for kind in KINDS)]
+    if unmarked:
+        raise pytest.UsageError(f"tests without a marker ({', '.join(KINDS)}): {', '.join(unmarked[:5])}")

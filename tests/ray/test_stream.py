@@ -1,0 +1,467 @@
+"""The stream from real shards: what is read, in which order it arrives, and that labels and crops stay together."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from beats_ray.config import StreamSettings, UserError
+from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
+from beats_ray.data.clips import clip_samples_of, example_decoder
+from beats_ray.data.decode import encode_flac
+from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
+from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
+from beats_ray.data.shards import check_labels
+from beats_ray.data.storage import Place, open_place, write_table
+from beats_ray.data.stream import build_eval_stream, build_stream, example_spec, execution_options, open_reader
+from beats_ray.objectstore import EmbeddedObjectStore
+
+CLIP_SECONDS = 0.8
+SETTINGS = StreamSettings(clip_seconds=CLIP_SECONDS, shuffle_window_clips=14)
+CLASSES = 3
+
+
+def write_dataset(
+    dataset: Place, shards: int = 2, groups_per_shard: int = 6, clips_per_group: int = 5
+) -> DatasetManifest:
+    """Clips of 0.1 to 2.4 s whose sample s is known from clip and s alone; fold = row group modulo 3 + 1."""
+    records, number = [], 0
+    for shard in range(shards):
+        tables, groups = [], []
+        for group in range(groups_per_shard):
+            numbers = range(number, number + clips_per_group - group % 2)
+            number = numbers.stop
+            tables.append(shard_rows(numbers, fold=group % 3 + 1))
+            groups.append(RowGroup(clips=len(numbers), fold=group % 3 + 1, split=""))
+        place = dataset / "shards" / f"{shard:05d}.parquet"
+        place.write_bytes(parquet_of(tables))
+        record = Shard(file=place.name, sha256=f"sha-{shard}", bytes=place.size_bytes(), row_groups=tuple(groups))
+        records.append(record)
+    manifest = DatasetManifest(
+        name="ramps", label_names=("a", "b", "c"), clips=number, clips_by_fold={}, clips_by_split={},
+        seconds=number * 1.2, fbank_mean=0.0, fbank_std=1.0, source="", source_files=number, quarantined=0,
+        shards=tuple(records),
+    )  # fmt: skip
+    (dataset / "dataset.json").write_json(manifest.model_dump(mode="json"))
+    return manifest
+
+
+def shard_rows(numbers: range, fold: int) -> pa.Table:
+    waves = [wave_of(number) for number in numbers]
+    return pa.table(
+        {
+            "clip_id": [f"clip-{number}" for number in numbers],
+            "audio": pa.array([encode_flac(wave) for wave in waves], pa.binary()),
+            "num_samples": pa.array([len(wave) for wave in waves], pa.int32()),
+            "labels": pa.array([labels_of(number) for number in numbers], pa.list_(pa.int16())),
+            "fold": pa.array([fold] * len(waves), pa.int8()),
+            "split": [""] * len(waves),
+        }
+    )
+
+
+def parquet_of(tables: list[pa.Table]) -> bytes:
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, tables[0].schema, compression="none") as writer:
+        for table in tables:
+            writer.write_table(table)
+    return buffer.getvalue()
+
+
+def wave_of(number: int) -> np.ndarray:
+    """Patch row r of clip n holds the values around 100 r: a crop shows where it was cut."""
+    samples = 1600 + 2311 * (number % 17)
+    return (np.arange(samples) // SAMPLES_PER_PATCH_ROW * 100 + number % 50).astype(np.int16)
+
+
+def labels_of(number: int) -> list[int]:
+    return [number % CLASSES, 2][: 1 + number % 2]
+
+
+def write_labels(labels: Place, dataset: Place, manifest: DatasetManifest, swap: bool = False) -> None:
+    """Patch labels that count the clip's patches: label i belongs to patch row i // 8."""
+    for shard in manifest.shards:
+        tables = []
+        source = pq.ParquetFile(io.BytesIO((dataset / "shards" / shard.file).read_bytes()))
+        for group in range(source.num_row_groups):
+            rows = source.read_row_group(group, columns=["clip_id", "num_samples"])
+            ids = rows.column("clip_id").to_pylist()
+            if swap:
+                ids[:2] = reversed(ids[:2])
+            values = [
+                np.arange(patch_labels_in(count), dtype=np.int16) for count in rows.column("num_samples").to_pylist()
+            ]
+            tables.append(pa.table({"clip_id": ids, "labels": pa.array(values, pa.list_(pa.int16()))}))
+        (labels / "shards" / shard.file).write_bytes(parquet_of(tables))
+    (labels / "labels.json").write_json({"fingerprint": shards_fingerprint(manifest)})
+
+
+def read_examples(
+    dataset: Place,
+    manifest: DatasetManifest,
+    settings: StreamSettings,
+    span: tuple[int, int],
+    labels: Place | None = None,
+) -> dict[str, np.ndarray]:
+    """The positions from span[0] up to span[1] as the tasks of the stream make them, without a cluster."""
+    plan = build_plan(manifest, seed=4, folds=settings.folds, shuffle_window_clips=settings.shuffle_window_clips)
+    reader = open_reader(dataset, manifest, plan, labels)
+    rows = pa.concat_tables(reader.read(plan.windows_between(*span), *span))
+    return example_decoder(example_spec(manifest, settings, plan, crop_seed=4))(rows)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Place:
+    place = open_place(str(tmp_path / "dataset"))
+    write_dataset(place)
+    return place
+
+
+# --- what the tasks do, without a cluster ---------------------------------------------------------------------------
+
+
+@pytest.mark.unit
+def test_examples_are_the_clips_of_the_plan_cropped_or_padded(dataset: Place) -> None:
+    manifest = read_manifest(dataset)
+    columns = read_examples(dataset, manifest, SETTINGS, (3, 50))
+    samples = clip_samples_of(CLIP_SECONDS)
+    assert columns["position"].tolist() == list(range(3, 50))
+    lengths = set()
+    for row, clip_id in enumerate(columns["clip_id"]):
+        number = int(clip_id.split("-")[1])
+        wave, length = wave_of(number), int(columns["num_samples"][row])
+        offset = int(columns["audio"][row, 0]) // 100 * SAMPLES_PER_PATCH_ROW
+        assert length == min(len(wave), samples)
+        assert offset + length <= len(wave)
+        assert np.array_equal(columns["audio"][row, :length], wave[offset : offset + length])
+        assert not columns["audio"][row, length:].any()
+        assert set(np.flatnonzero(columns["targets"][row])) == set(labels_of(number))
+        lengths.add((offset > 0, length < samples))
+    assert lengths == {(False, False), (True, False), (False, True)}  # whole, cropped and padded clips were among them
+
+
+@pytest.mark.unit
+def test_patch_labels_are_cut_with_the_audio_and_end_with_it(dataset: Place, tmp_path: Path) -> None:
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    write_labels(labels, dataset, manifest)
+    columns = read_examples(dataset, manifest, SETTINGS, (0, 54), labels)
+    offsets = columns["audio"][:, 0].astype(int) // 100
+    for offset, length, found in zip(offsets, columns["num_samples"], columns["patch_labels"], strict=True):
+        count = patch_labels_in(int(length))
+        assert found[:count].tolist() == list(
+            range(offset * LABELS_PER_PATCH_ROW, offset * LABELS_PER_PATCH_ROW + count)
+        )
+        assert (found[count:] == -1).all()
+    assert offsets.max() > 0
+    assert columns["patch_labels"].shape[1] == patch_labels_in(clip_samples_of(CLIP_SECONDS))
+
+
+@pytest.mark.unit
+def test_only_the_row_groups_and_columns_that_are_wanted_are_read(dataset: Place) -> None:
+    manifest = read_manifest(dataset)
+    chosen = {
+        (shard.file, i) for shard in manifest.shards for i, group in enumerate(shard.row_groups) if group.fold == 2
+    }
+    for shard in manifest.shards:  # everything else becomes noise: reading it would fail
+        path = Path((dataset / "shards" / shard.file).path)
+        data, footer = bytearray(path.read_bytes()), pq.read_metadata(path)
+        for group in range(footer.num_row_groups):
+            for column in range(footer.num_columns):
+                chunk = footer.row_group(group).column(column)
+                if (shard.file, group) not in chosen or chunk.path_in_schema in ("fold", "split"):
+                    first = chunk.dictionary_page_offset or chunk.data_page_offset
+                    data[first : first + chunk.total_compressed_size] = b"\xee" * chunk.total_compressed_size
+        path.write_bytes(data)
+    columns = read_examples(dataset, manifest, SETTINGS.model_copy(update={"folds": (2,)}), (0, 18))
+    expected = sum(group.clips for shard in manifest.shards for group in shard.row_groups if group.fold == 2)
+    assert len(set(columns["clip_id"])) == expected == 18
+    with pytest.raises(OSError, match=r"."):
+        read_examples(dataset, manifest, SETTINGS, (0, manifest.clips))
+
+
+@pytest.mark.unit
+def test_labels_of_other_shards_are_refused_at_the_start(dataset: Place, tmp_path: Path) -> None:
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    with pytest.raises(UserError, match=r"labels: no labels here .* run `beats-ray tokenize` first"):
+        check_labels(labels, manifest, dataset)
+    write_labels(labels, dataset, manifest)
+    check_labels(labels, manifest, dataset)
+    other = manifest.model_copy(update={"shards": manifest.shards[::-1]})
+    with pytest.raises(UserError, match=r"labels/labels\.json: fingerprint='[0-9a-f]+' is not that of"):
+        check_labels(labels, other, dataset)
+    (labels / "shards" / "00001.parquet").delete()
+    with pytest.raises(UserError, match=r"labels/shards/00001\.parquet: missing"):
+        check_labels(labels, manifest, dataset)
+
+
+@pytest.mark.unit
+def test_a_label_file_of_other_clips_is_named(dataset: Place, tmp_path: Path) -> None:
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    write_labels(labels, dataset, manifest, swap=True)
+    with pytest.raises(UserError, match=r"labels/shards/0000\d\.parquet: row group \d holds labels of other clips"):
+        read_examples(dataset, manifest, SETTINGS, (0, 10), labels)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("num_samples", [9] * 5, r"clip 'clip-\d': the shard says num_samples=9, its audio has \d+"),
+        ("audio", [b"no flac"] * 5, r"clip 'clip-\d': its audio in the shard does not decode"),
+        ("labels", [[7]] * 5, r"clip 'clip-\d': label id 7 is outside the vocabulary of 3 labels"),
+        ("labels", None, r"00000\.parquet: column 'labels' is missing"),
+    ],
+)
+def test_damaged_shards_are_named(tmp_path: Path, column: str, values: list[Any] | None, message: str) -> None:
+    dataset = open_place(str(tmp_path))
+    manifest = write_dataset(dataset, shards=1, groups_per_shard=1)
+    rows = shard_rows(range(5), fold=1)
+    index, kind = rows.schema.get_field_index(column), rows.schema.field(column).type
+    rows = rows.drop_columns([column]) if values is None else rows.set_column(index, column, pa.array(values, kind))
+    write_table(dataset / "shards" / "00000.parquet", rows)
+    manifest = manifest.model_copy(
+        update={"shards": (manifest.shards[0].model_copy(update={"sha256": column + message}),)}
+    )
+    settings = SETTINGS.model_copy(update={"shuffle_window_clips": 1})
+    with pytest.raises(UserError, match=message):
+        read_examples(dataset, manifest, settings, (0, 5))
+
+
+# --- on a cluster ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
+    """A local cluster, and an S3 server that its workers know."""
+    import ray
+
+    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as store, pytest.MonkeyPatch.context() as environment:
+        store.make_bucket("clips")
+        for name, value in store.environment().items():
+            environment.setenv(name, value)
+        ray.init(
+            address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
+        yield store
+        ray.shutdown()
+
+
+def read_with_workers(
+    stream: Any, workers: int, first_step: int, global_batch: int, micro_batch: int
+) -> list[list[MicroBatch]]:
+    """Each worker's micro-batches, iterated by tasks that run at the same time, as training processes do."""
+    import ray
+
+    @ray.remote(num_cpus=0.1)
+    def read(shard: Any, rank: int) -> list[MicroBatch]:
+        return list(
+            iterate_micro_batches(
+                shard,
+                micro_batch,
+                2,
+                first_step=first_step,
+                global_batch_size=global_batch,
+                rank=rank,
+                world_size=workers,
+            )
+        )
+
+    stream = stream.copy(stream)
+    stream.context.execution_options = execution_options(SETTINGS, workers)
+    shards = stream.streaming_split(workers, equal=True)
+    batches: list[list[MicroBatch]] = ray.get([read.remote(shard, rank) for rank, shard in enumerate(shards)])
+    return batches
+
+
+@pytest.mark.ray
+def test_any_number_of_workers_and_any_start_give_the_same_global_batches(
+    cluster: EmbeddedObjectStore, dataset: Place
+) -> None:
+    manifest = read_manifest(dataset)
+    global_batch, micro_batch, steps = 12, 2, 12  # 144 clips: more than two epochs of 54
+    expected = read_examples(dataset, manifest, SETTINGS, (0, steps * global_batch))
+
+    def build(start: int) -> Any:
+        return build_stream(
+            dataset, manifest, SETTINGS, seed=4, global_batch_size=global_batch, micro_batch_size=micro_batch,
+            start_step=start, stop_step=steps,
+        )  # fmt: skip
+
+    for workers, start in [(1, 0), (2, 0), (3, 0), (2, 7)]:
+        shards = read_with_workers(build(start), workers, start, global_batch, micro_batch)
+        per_step = global_batch // (micro_batch * workers)
+        assert [len(batches) for batches in shards] == [(steps - start) * per_step] * workers
+        for step in range(start, steps):
+            part = slice((step - start) * per_step, (step - start + 1) * per_step)
+            batches = sorted((b for shard in shards for b in shard[part]), key=lambda batch: batch.first_position)
+            found = torch.cat([batch.audio_BS for batch in batches]).numpy()
+            first = step * global_batch
+            assert np.array_equal(found, expected["audio"][first : first + global_batch])
+            assert [i for b in batches for i in b.clip_ids] == expected["clip_id"][
+                first : first + global_batch
+            ].tolist()
+
+
+@pytest.mark.ray
+def test_the_stream_brings_labels_and_names_a_mismatch(
+    cluster: EmbeddedObjectStore, dataset: Place, tmp_path: Path
+) -> None:
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    write_labels(labels, dataset, manifest)
+
+    def build() -> Any:
+        return build_stream(
+            dataset, manifest, SETTINGS, seed=4, global_batch_size=6, micro_batch_size=3, start_step=0, stop_step=9,
+            labels=labels,
+        )  # fmt: skip
+
+    [batches] = read_with_workers(build(), 1, 0, 6, 3)
+    expected = read_examples(dataset, manifest, SETTINGS, (0, 54), labels)
+    found = [batch.patch_labels_BN for batch in batches]
+    assert np.array_equal(torch.cat([part for part in found if part is not None]).numpy(), expected["patch_labels"])
+    assert found[0] is not None
+    assert found[0].dtype == batches[0].audio_BS.dtype == torch.int16
+    assert all(batch.wait_seconds >= 0 for batch in batches)
+    assert batches[0].wait_seconds > 0
+    write_labels(labels, dataset, manifest, swap=True)
+    (labels / "labels.json").write_json({"fingerprint": shards_fingerprint(manifest), "made": "again"})
+    with pytest.raises(Exception, match=r"holds labels of other clips"):
+        read_with_workers(build(), 1, 0, 6, 3)
+
+
+@pytest.mark.ray
+def test_batches_in_a_wrong_order_never_pass(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    stream = build_stream(
+        dataset,
+        read_manifest(dataset),
+        SETTINGS,
+        seed=4,
+        global_batch_size=6,
+        micro_batch_size=3,
+        start_step=1,
+        stop_step=9,
+    )
+    with pytest.raises(
+        RuntimeError, match=r"micro-batch 0 of rank 0 of 1 must hold positions 0 to 2, but holds \[6, 7, 8\]"
+    ):
+        next(iterate_micro_batches(stream.iterator(), 3, 1, first_step=0, global_batch_size=6, rank=0, world_size=1))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("folds", [(), (1, 3)])
+def test_cached_clips_give_the_batches_of_the_stream_bit_for_bit(
+    cluster: EmbeddedObjectStore, dataset: Place, tmp_path: Path, folds: tuple[int, ...]
+) -> None:
+    import ray
+
+    from beats_ray.data.cache import materialize_clips
+
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    write_labels(labels, dataset, manifest)
+    cache = materialize_clips(dataset, manifest, SETTINGS, labels=labels)
+    settings = SETTINGS.model_copy(update={"folds": folds})
+    expected = read_examples(dataset, manifest, settings, (12, 132), labels)
+
+    @ray.remote(num_cpus=0.1)
+    def read(cache: Any, rank: int) -> list[MicroBatch]:
+        cached = cache.batches(
+            seed=4,
+            folds=folds,
+            global_batch_size=12,
+            micro_batch_size=3,
+            start_step=1,
+            stop_step=11,
+            rank=rank,
+            world_size=2,
+        )
+        return list(cached)
+
+    shards = ray.get([read.remote(cache, rank) for rank in range(2)])
+    batches = sorted((batch for shard in shards for batch in shard), key=lambda batch: batch.first_position)
+    assert torch.cat([batch.positions_B for batch in batches]).tolist() == list(range(12, 132))
+    assert [clip_id for batch in batches for clip_id in batch.clip_ids] == expected["clip_id"].tolist()
+    for name, tensors in {
+        "audio": [batch.audio_BS for batch in batches],
+        "num_samples": [batch.num_samples_B for batch in batches],
+        "targets": [batch.targets_BC for batch in batches],
+        "patch_labels": [batch.patch_labels_BN for batch in batches if batch.patch_labels_BN is not None],
+    }.items():
+        assert np.array_equal(torch.cat(tensors).numpy(), expected[name]), name
+
+
+@pytest.mark.ray
+def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
+    cluster: EmbeddedObjectStore, dataset: Place
+) -> None:
+    import ray
+
+    from beats_ray.data.cache import materialize_clips
+
+    manifest = read_manifest(dataset)
+    settings = SETTINGS.model_copy(update={"folds": (2,)})  # 18 clips: neither 4 nor 2 x 4 divide them
+    cached = [
+        batch
+        for rank in range(2)
+        for batch in materialize_clips(dataset, manifest, SETTINGS).eval_batches(
+            folds=(2,), micro_batch_size=4, rank=rank, world_size=2
+        )
+    ]
+
+    @ray.remote(num_cpus=0.1)
+    def read(shard: Any) -> list[MicroBatch]:
+        return list(iterate_eval_batches(shard, 4, 1, num_clips=18))
+
+    stream = build_eval_stream(dataset, manifest, settings, 4, num_workers=2)
+    streamed = [b for part in ray.get([read.remote(s) for s in stream.streaming_split(2, equal=True)]) for b in part]
+    for batches in (cached, streamed):
+        audio = {int(p): wave for b in batches for p, wave in zip(b.positions_B, b.audio_BS, strict=True)}
+        ids = {int(p): clip_id for b in batches for p, clip_id in zip(b.positions_B, b.clip_ids, strict=True)}
+        assert sum(len(batch.clip_ids) for batch in batches) == 18
+        assert sorted(ids) == list(range(18))
+        numbers = [int(ids[position].split("-")[1]) for position in range(18)]
+        assert numbers == sorted(numbers)
+        for position, number in enumerate(numbers):
+            spare = max(0, len(wave_of(number)) - clip_samples_of(CLIP_SECONDS)) // SAMPLES_PER_PATCH_ROW
+            assert int(audio[position][0]) // 100 == spare // 2  # the middle
+    plain = build_eval_stream(dataset, manifest, settings, 4).take_all()
+    assert [row["position"] for row in plain] == list(range(18))
+
+
+@pytest.mark.ray
+def test_a_cache_that_would_not_fit_or_lacks_the_fold_says_so(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    from beats_ray.data.cache import materialize_clips
+
+    manifest = read_manifest(dataset)
+    with pytest.raises(UserError, match=r"its clips need about 2 MiB decoded, 1 MiB of the object store may hold them"):
+        materialize_clips(dataset, manifest, SETTINGS, limit_mib=1)
+    cache = materialize_clips(dataset, manifest, SETTINGS.model_copy(update={"folds": (1,)}))
+    with pytest.raises(UserError, match=r"data.folds=\[1\].*: the cached clips lack row group 1 of 00000.parquet"):
+        next(cache.eval_batches(folds=(2,), micro_batch_size=4))
+
+
+@pytest.mark.ray
+def test_training_reads_its_shards_from_object_storage_while_it_runs(
+    cluster: EmbeddedObjectStore, dataset: Place
+) -> None:
+    remote = open_place("s3://clips/ramps")
+    remote.upload(Path(dataset.path))
+    manifest = read_manifest(remote)
+    before = cluster.log_file.stat().st_size
+    stream = build_stream(
+        remote, manifest, SETTINGS, seed=4, global_batch_size=6, micro_batch_size=3, start_step=0, stop_step=9
+    )
+    assert b"shards/" not in cluster.log_file.read_bytes()[before:]  # building the graph reads nothing
+    [batches] = read_with_workers(stream, 1, 0, 6, 3)
+    expected = read_examples(dataset, manifest, SETTINGS, (0, 54))
+    assert np.array_equal(torch.cat([batch.audio_BS for batch in batches]).numpy(), expected["audio"])
+    requests = cluster.log_file.read_text()
+    for shard in manifest.shards:
+        assert f"Object: ramps/shards/{shard.file}" in requests

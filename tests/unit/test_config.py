@@ -1,0 +1,193 @@
+"""Settings: files, overrides, defaults of nested sections, round trips, and one-line errors."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from beats_ray import config
+from beats_ray.cli import COMMANDS, to_yaml
+from beats_ray.config import ConfigError, IterateConfig, PretrainConfig, SweepConfig, load_config, replace
+
+pytestmark = pytest.mark.unit
+
+JOBS = Path(__file__).parents[2] / "jobs"
+KINDS = {"prepare": config.PrepareConfig} | {name: command.kind for name, command in COMMANDS.items()}
+KIND_OF_FILE = {"tokenizer": "train-tokenizer"}
+
+
+def failure(kind: type[config.Section], *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(kind, None, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def job_files() -> list[Path]:
+    return sorted(JOBS.glob("*.yaml"))
+
+
+def test_there_are_job_files() -> None:
+    assert len(job_files()) >= 6
+
+
+@pytest.mark.parametrize("path", job_files(), ids=lambda path: path.name)
+def test_every_job_file_is_valid_and_holds_only_differences(path: Path) -> None:
+    prefix = path.name.split("-")[0]
+    kind = KINDS[KIND_OF_FILE.get(prefix, prefix)]
+    settings = load_config(kind, str(path))
+    required = {name: "x" for name, field in kind.model_fields.items() if field.is_required()}
+    defaults = kind.model_validate(required).model_dump(mode="json")
+    same = list(unchanged(yaml.safe_load(path.read_text()), settings.model_dump(mode="json"), defaults))
+    allowed = {"kind", "folds.test_fold", "folds.validation_fold"}  # stated for the reader
+    assert set(same) <= allowed
+
+
+def unchanged(written: dict, chosen: dict, defaults: dict, prefix: str = ""):
+    """Dotted names that a file sets to what they are anyway."""
+    for name, value in written.items():
+        if isinstance(value, dict) and isinstance(defaults[name], dict) and name != "space":
+            yield from unchanged(value, chosen[name], defaults[name], f"{prefix}{name}.")
+        elif chosen[name] == defaults[name]:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_yaml_round_trip_gives_the_same_settings(name: str, tmp_path: Path) -> None:
+    extra = ["source=raw"] if name == "prepare" else []
+    first = load_config(KINDS[name], None, ["output=out", *extra])
+    path = tmp_path / "settings.yaml"
+    path.write_text(to_yaml(first))
+    second = load_config(KINDS[name], str(path))
+    assert second == first
+    assert config.fingerprint(second) == config.fingerprint(first)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("output: out\ntrain: {steps: 50, warmup_steps: 5, seed: 3}\nmasking:\n")
+    settings = load_config(PretrainConfig, str(path), ["train.steps=60"])
+    assert (settings.train.steps, settings.train.seed, settings.train.zero_stage) == (60, 3, 2)
+    assert settings.masking.ratio == 0.75
+
+
+def test_one_changed_field_keeps_the_other_defaults_of_its_section() -> None:
+    settings = load_config(IterateConfig, None, ["output=out", "finetune.train.seed=5", "distill.train.seed=6"])
+    assert settings.finetune.train.steps == 6000
+    assert settings.finetune.train.layer_decay == 0.6
+    assert settings.distill.train.learning_rate == 5e-5
+    assert settings.pretrain.train.learning_rate == 5e-4
+
+
+def test_overrides_reach_into_sections_that_a_program_passes_and_leave_them_alone() -> None:
+    given = config.SweepSettings(num_trials=3)
+    more = {"pretrain": {"train": {"steps": 50, "warmup_steps": 5}}}
+    overrides = ["output=o", "sweep.seed=4", "sweep.space.train.learning_rate.low=2e-4", "pretrain.train.steps=60"]
+    settings = load_config(IterateConfig, None, overrides, sweep=given, **more)
+    assert (settings.sweep.num_trials, settings.sweep.seed) == (3, 4)
+    assert settings.sweep.space["train.learning_rate"].low == 2e-4
+    assert settings.pretrain.train.steps == 60
+    assert (given.seed, given.space["train.learning_rate"].low, more["pretrain"]["train"]["steps"]) == (0, 1e-4, 50)
+
+
+class QuickJob(config.Section):
+    finetune: config.FinetuneSettings = config.FinetuneSettings(train=config.TrainSettings(steps=40, warmup_steps=4))
+
+
+def test_defaults_that_an_outer_section_gives_an_inner_one_hold_at_any_depth() -> None:
+    chosen = config.validate(QuickJob, {"finetune": {"train": {"seed": 1}}}).finetune.train
+    assert (chosen.steps, chosen.warmup_steps, chosen.seed) == (40, 4, 1)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.e-4"])
+def test_numbers_in_scientific_notation_are_numbers(text: str, tmp_path: Path) -> None:
+    override = f"train.deepspeed.x={text}"  # a free-form section: no type repairs a string
+    assert load_config(PretrainConfig, None, ["output=o", override]).train.deepspeed == {"x": 1e-4}
+    path = tmp_path / "a.yaml"
+    path.write_text(f"output: o\ntrain: {{deepspeed: {{x: {text}}}}}\n")
+    assert load_config(PretrainConfig, str(path)).train.deepspeed == {"x": 1e-4}
+
+
+@pytest.mark.parametrize("text", ["2024", "on", "1e5", "null", "[a"])
+def test_a_path_is_taken_literally(text: str) -> None:
+    assert load_config(PretrainConfig, None, [f"output={text}"]).output == text
+
+
+def test_positions_true_means_the_word_true(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("output: o\nencoder: {positions: true}\n")
+    assert load_config(PretrainConfig, str(path)).encoder.positions == "true"
+
+
+def test_one_bound_of_the_search_space_can_be_overridden() -> None:
+    settings = load_config(SweepConfig, None, ["output=o", "sweep.space.train.learning_rate.low=2e-4"])
+    rate = settings.sweep.space["train.learning_rate"]
+    assert (rate.distribution, rate.low, rate.high) == ("loguniform", 2e-4, 3e-3)
+    assert len(settings.sweep.space) == 3
+    again = replace(settings, {"sweep.space.train.learning_rate.high": 1e-2})
+    assert again.sweep.space["train.learning_rate"].low == 2e-4
+
+
+def test_search_parameters_can_be_added_and_taken_out() -> None:
+    added = "sweep.space.augment.roll_seconds={distribution: uniform, low: 0, high: 2}"
+    settings = load_config(SweepConfig, None, ["output=o", added, "sweep.space.augment.mixup=null"])
+    assert set(settings.sweep.space) == {"train.learning_rate", "train.layer_decay", "augment.roll_seconds"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["outptu=o"], "outptu: unknown config key; did you mean output?"),
+        (["output=o", "train.sleps=1"], "train.sleps: unknown config key; did you mean train.steps?"),
+        (["output=o", "masking.qqqqqqqq=1"], "masking.qqqqqqqq: unknown config key; valid keys: ratio, block_size"),
+        (["train.seed=5"], "output: missing"),
+        (["output="], "output=''"),
+        (["output=o", "train.steps=abc"], "train.steps='abc': input should be a valid integer"),
+        (["output=o", "train.steps=0"], "train.steps=0: input should be greater than 0"),
+        (["output=o", "train=4"], "train=4: is a section"),
+        (["output=o", "output.x=4"], "output is a value, not a section"),
+        (["output=o", "data.folds=3"], "write data.folds=[3]"),
+        (["output=o", "train.learning_rate=.nan"], "finite number"),
+        (["output=o", "encoder.preset=huge"], "encoder.preset='huge' is not one of tiny"),
+        (["output=o", "encoder.overrides.num_layer=2"], "did you mean 'num_layers'?"),
+        (["output=o", "encoder.overrides.num_heads=7"], "num_heads=7 must divide width=768"),
+        (["output=o", "train.warmup_steps=9", "train.steps=8"], "use at most 8"),
+        (["output=o", "train.steps=[1"], "not valid YAML"),
+        (["output"], "expected section.field=value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_value_and_remedy(overrides: list[str], message: str) -> None:
+    assert message in failure(PretrainConfig, *overrides)
+
+
+def test_an_indivisible_batch_names_the_rule_and_the_nearest_size() -> None:
+    message = failure(
+        PretrainConfig,
+        *["output=o", "train.global_batch_size=500", "train.micro_batch_size=8", "train.num_workers=16"],
+    )
+    assert message == (
+        "train.global_batch_size=500 is not divisible by micro_batch_size (8) x num_workers (16) = 128; use 512"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "found list"),
+        ("output: [", "not valid YAML, line 1"),
+        ("output: a\noutput: b\n", "line 2: key 'output' stands twice"),
+        ("train: {steps: 1, steps: 2}\n", "key 'steps' stands twice"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml") as caught:
+        load_config(PretrainConfig, str(path))
+    assert message in str(caught.value)
+
+
+def test_fingerprints_differ_when_any_setting_differs() -> None:
+    settings = load_config(PretrainConfig, None, ["output=o"])
+    assert config.fingerprint(replace(settings, {"train.seed": 1})) != config.fingerprint(settings)

@@ -1,0 +1,295 @@
+"""The report: everything a run holds is on the page, in every state of the run, without a network, under 1 MB."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from beats_ray.config import UserError
+from beats_ray.data.storage import Place, open_place, write_table
+from beats_ray.report import leaderboard_rows, write_report
+from beats_ray.reporting.charts import MAX_POINTS, Line, line_chart, nice_ticks
+from beats_ray.reporting.run_folder import paired_gain
+
+pytestmark = pytest.mark.unit
+
+LABELS = [
+    "dog",
+    "rooster",
+    "rain",
+    "sea waves",
+    "fire",
+    "crying baby",
+    "sneezing",
+    "clock tick",
+    "helicopter",
+    "chainsaw",
+]
+CONFIG = {
+    "iterations": 2,
+    "data": {"path": "s3://bucket/esc10"},
+    "finetune": {"folds": {"test_fold": 1, "validation_fold": 2}},
+}
+
+
+def correct_string(right: int, shift: int = 0) -> str:
+    """400 clips of which `right` are right; `shift` changes which ones."""
+    return "".join("01"[(clip * 37 + shift) % 400 < right] for clip in range(400))
+
+
+def evaluation(right: int) -> dict[str, Any]:
+    accuracy = right / 400
+    return {
+        "kind": "encoder", "accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / 400),
+        "fold_accuracies": {str(fold): accuracy for fold in range(1, 6)}, "clips": 400,
+        "correct": correct_string(right),
+    }  # fmt: skip
+
+
+def training_metrics(reports: int, start: float, floor: float, tokenizer: bool = False) -> list[dict[str, Any]]:
+    records = []
+    for report in range(1, reports + 1):
+        progress = 1 - math.exp(-3 * report / reports)
+        record: dict[str, Any] = {"step": report * 10, "clips": report * 160, "seconds": report * 2.1}
+        record["train/loss"] = start + (floor - start) * progress + 0.03 * math.sin(report * 2.3)
+        record |= {
+            "perf/clips_per_s": 74 + 6 * math.sin(report),
+            "data/wait_fraction": 0.02,
+            "train/learning_rate": 5e-4,
+        }
+        if tokenizer:
+            record |= {"tokenizer/used_code_fraction": 0.4 * progress, "tokenizer/perplexity": 20 + 90 * progress}
+        else:
+            record |= {"train/masked_accuracy": 0.55 * progress, "train/clip_band_accuracy": 0.388}
+            record["train/clip_band_loss"] = 3.21 + 0.02 * math.sin(report * 1.7)
+        records.append(record)
+    return records
+
+
+def trial(number: int, steps: int) -> dict[str, Any]:
+    history = [
+        {"step": step, "validation/accuracy": 0.8 - 0.05 * number - 0.4 * math.exp(-step / 60)}
+        for step in range(20, steps + 1, 20)
+    ]
+    return {
+        "trial_id": f"a1b2c_0000{number}", "status": "complete", "steps": steps, "stopped_early": steps < 160,
+        "config": {"train.learning_rate": 10 ** -(3 + number / 4), "train.layer_decay": 0.6, "augment.mixup": 0.4},
+        "validation_accuracy": history[-1]["validation/accuracy"], "test_accuracy": 0.7375 if steps == 160 else None,
+        "history": history,
+    }  # fmt: skip
+
+
+def put_stage(place: Place, status: str, metrics: list[dict[str, Any]] | None = None, **files: Any) -> None:
+    place_config = {"train": {"steps": 800, "learning_rate": 0.0005}}
+    (place / "stage.json").write_json({"status": status, "seconds": 171.3, "config": place_config})
+    if metrics is not None:
+        (place / "metrics.jsonl").write_bytes("".join(json.dumps(record) + "\n" for record in metrics).encode())
+    for name, value in files.items():
+        (place / f"{name}.json").write_json(value)
+
+
+def build_run(folder: Path, finished_iterations: int = 2) -> Place:
+    """A run as `iterate` leaves it; with fewer finished iterations, one that is in the middle of pre-training."""
+    run = open_place(str(folder))
+    (run / "run.json").write_json({"name": "esc10-demo", "started": "2026-11-22T18:00:00+00:00", "config": CONFIG})
+    folds = {str(fold): 80 for fold in range(1, 6)}
+    (run / "data" / "dataset.json").write_json(
+        {"name": "esc10", "clips": 400, "seconds": 1993.4, "label_names": LABELS, "clips_by_fold": folds,
+         "source_files": 403, "quarantined": 3, "source": "clips/esc10", "shards": [{"file": "0.parquet"}]}
+    )  # fmt: skip
+    bad = {"file": ["5-1.wav", "5-2.wav", "<b>x.wav"], "reason": ["empty file", "empty file", "NaN samples"]}
+    write_table(run / "data" / "quarantine.parquet", pa.table(bad))
+    baselines = {"random_forest_mfcc": evaluation(336), "mean_log_mel": evaluation(262)}
+    (run / "baselines.json").write_json(baselines)
+    put_stage(run / "iteration-0" / "pretrain", "complete")
+    put_stage(run / "iteration-0" / "probe", "complete", evaluation=evaluation(270))
+    for index in range(1, finished_iterations + 1):
+        place = run / f"iteration-{index}"
+        put_stage(place / "tokenizer", "complete", training_metrics(60, 1.1, 0.3, True) if index > 1 else None)
+        if index > 1:
+            counts = [int(9000 / (rank + 1)) if rank < 420 else 0 for rank in range(1024)]
+            put_stage(
+                place / "labels",
+                "complete",
+                labels={"used_code_fraction": 0.41, "perplexity": 96.4, "code_counts": counts},
+            )
+        put_stage(place / "pretrain", "complete", training_metrics(80, 6.9, 2.6))
+        put_stage(place / "probe", "complete", evaluation=evaluation(310 + 8 * index))
+        trials = [trial(0, 160), trial(1, 80), trial(2, 40), trial(3, 20)]
+        put_stage(
+            place / "sweep",
+            "complete",
+            leaderboard={"metric": "validation/accuracy", "trials": trials, "best": trials[0]},
+        )
+    if finished_iterations < 2:
+        place = run / f"iteration-{finished_iterations + 1}"
+        put_stage(
+            place / "pretrain", "running", training_metrics(20, 6.9, 4.0), progress=training_metrics(23, 6.9, 4.0)[-1]
+        )
+    return run
+
+
+class TagChecker(HTMLParser):
+    """Fails on tags that do not nest, and collects addresses that a browser would fetch."""
+
+    VOID = {"meta", "br", "link", "img", "input", "hr", "line", "rect", "path", "polyline"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID or (
+            tag in ("polyline", "rect") and not self.get_starttag_text().rstrip().endswith("/>")
+        ):  # type: ignore[union-attr]
+            self.open.append(tag)
+
+    def handle_startendtag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [str(value) for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> does not close what is open"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(run: Place) -> tuple[str, str]:
+    html = (run / "report.html").read_bytes().decode()
+    checker = TagChecker()
+    checker.feed(html)
+    assert checker.open == [], f"never closed: {checker.open}"
+    assert checker.fetched == [], "the page loads something from elsewhere"
+    assert "url(" not in html
+    assert "@import" not in html
+    assert len(html.encode()) < 1_000_000
+    return html, " ".join(checker.text.split())
+
+
+def test_a_finished_run_is_wholly_on_the_page(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    written = write_report(run.uri)
+    assert [Path(uri).name for _, uri in written] == ["report.html", "leaderboard.md"]
+    html, text = read_page(run)
+    for expected in (
+        "2 of 2 iterations complete", "0.815 ± 0.019", "untrained", "random forest, MFCC", "0.840 ± 0.018",
+        "0.738 ± 0.049", "a1b2c_00000", "stopped early", "41.0%", "96.4", "empty file", "400 clips",
+        "3 of 403 source files", "2:51",
+        "learning_rate: 0.0005", "clip-band baseline", "load_model(",
+        f"beats-ray predict {run.uri}/iteration-2/sweep/model",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert html.count("<polyline") > 10
+
+
+def test_text_of_the_run_never_becomes_markup(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    (run / "run.json").write_json({"name": "<script>alert(1)</script>", "config": CONFIG})
+    write_report(run.uri)
+    html, text = read_page(run)
+    assert "<script" not in html
+    assert "<b>" not in html
+    assert "<script>alert(1)</script>" in text
+    assert "<b>x.wav" in text
+
+
+def test_in_the_middle_of_a_run_the_newest_report_and_what_is_absent_show(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", finished_iterations=0)
+    write_report(run.uri)
+    _, text = read_page(run)
+    assert "0 of 2 iterations complete" in text
+    assert "pretrain: running" in text
+    assert "No sweep has finished yet." in text
+    assert "230" in text
+
+
+def test_a_run_that_has_only_begun_gives_a_page(tmp_path: Path) -> None:
+    run = open_place(str(tmp_path / "run"))
+    (run / "run.json").write_json({"name": "new"})
+    write_report(run.uri)
+    _, text = read_page(run)
+    for absent in (
+        "No iteration has started yet.",
+        "No training stage has reported yet.",
+        "dataset.json was not found",
+    ):
+        assert absent in text
+
+
+def test_damaged_files_are_named_and_cost_only_their_own_part(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    (run / "iteration-1" / "probe" / "evaluation.json").write_bytes(b'{"accuracy": 0.7')
+    (run / "iteration-1" / "pretrain" / "metrics.jsonl").write_bytes(b"not json\n")
+    (run / "iteration-2" / "sweep" / "leaderboard.json").write_json({"trials": "none", "best": 3})
+    (run / "data" / "quarantine.parquet").write_bytes(b"PAR1")
+    write_report(run.uri)
+    _, text = read_page(run)
+    for name in ("iteration-1/probe/evaluation.json", "iteration-1/pretrain/metrics.jsonl", "data/quarantine.parquet"):
+        assert name in text
+    assert "0.815 ± 0.019" in text
+
+
+def test_no_run_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run"):
+        write_report(str(tmp_path / "absent"))
+
+
+def test_leaderboard_rows_and_files_agree(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    write_report(run.uri)
+    columns, rows = leaderboard_rows(run.uri)
+    assert [row[0] for row in rows] == [
+        "random forest, MFCC",
+        "linear, mean log-mel",
+        "untrained",
+        "iteration 1",
+        "iteration 2",
+    ]
+    markdown = (run / "leaderboard.md").read_bytes().decode().splitlines()
+    assert markdown[0] == f"| {' | '.join(columns)} |"
+    assert markdown[-1] == f"| {' | '.join(rows[-1])} |"
+    stored = (run / "leaderboard.json").read_json()
+    assert [row["probe_accuracy"] for row in stored] == [0.84, 0.655, 0.675, 0.795, 0.815]
+    assert stored[-1]["gain"] == pytest.approx(0.14)
+
+
+def test_a_paired_gain_is_surer_than_an_unpaired_one() -> None:
+    """56 clips turn right and none wrong: variance of the differences, by hand."""
+    gain, error = paired_gain(evaluation(326), evaluation(270))
+    assert gain == pytest.approx(0.14)
+    assert error == pytest.approx(math.sqrt((0.14 - 0.14**2) / 400))
+    unpaired = paired_gain({**evaluation(326), "correct": None}, evaluation(270))[1]
+    assert unpaired is not None
+    assert error is not None
+    assert unpaired > 1.5 * error
+
+
+def test_long_curves_are_thinned_and_keep_their_ends() -> None:
+    chart = str(line_chart("loss", [Line("x", [(step, 1.0 / (1 + step)) for step in range(100_000)])], "step"))
+    points = re.findall(r'points="([^"]+)"', chart)[0].split()
+    assert MAX_POINTS * 0.9 <= len(points) <= MAX_POINTS + 1
+    first, last = (float(point.split(",")[0]) for point in (points[0], points[-1]))
+    assert (first, last) == (48.0, 408.0)
+
+
+def test_non_finite_values_are_left_out_of_a_chart() -> None:
+    chart = str(line_chart("loss", [Line("x", [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)])], "step"))
+    assert len(re.findall(r'points="([^"]+)"', chart)[0].split()) == 2
+    assert "nan" not in chart
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.58, 6.91), (-3e-5, 4e-5), (5.0, 5.0), (0.0, 123456.0)])
+def test_ticks_are_few_and_enclose_the_values(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low
+    assert ticks[-1] >= high

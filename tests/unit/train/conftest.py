@@ -1,0 +1,98 @@
+"""A real engine in one process, and batches of synthetic sound."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from beats_ray.config import PretrainSettings, validate
+from beats_ray.data.batches import MicroBatch, to_micro_batch
+from beats_ray.data.storage import open_place
+from beats_ray.models import RandomProjectionTokenizer
+from beats_ray.train.context import WorkerContext, start_process_group_of_one
+from beats_ray.train.loop import run_training
+from beats_ray.train.pretrain import PretrainTask
+
+CLIPS, SAMPLES = 24, 16_000
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group() -> Iterator[None]:
+    """What DeepSpeed needs: a process group, here of one."""
+    torch.set_num_threads(1)
+    start_process_group_of_one()
+    yield
+    dist.destroy_process_group()
+
+
+class SyntheticBatches:
+    """Noise clips of different lengths, in the order of their positions, as a BatchSource."""
+
+    def __init__(self, micro_batch_size: int, clips_per_step: int) -> None:
+        rng = np.random.default_rng(0)
+        self._audio = (rng.normal(size=(CLIPS, SAMPLES)) * 3000).astype(np.int16)
+        self._lengths = rng.integers(SAMPLES // 4, SAMPLES + 1, CLIPS)
+        self._micro_batch_size = micro_batch_size
+        self._clips_per_step = clips_per_step
+
+    def training(self, first_step: int) -> Iterator[MicroBatch]:
+        position = first_step * self._clips_per_step
+        while True:
+            yield self._batch(np.arange(position, position + self._micro_batch_size))
+            position += self._micro_batch_size
+
+    def held_out(self, part: str) -> Iterable[MicroBatch] | None:
+        return None
+
+    def _batch(self, positions: np.ndarray) -> MicroBatch:
+        index = positions % CLIPS
+        audio = self._audio[index].copy()
+        for row, length in enumerate(self._lengths[index]):
+            audio[row, length:] = 0
+        return to_micro_batch(
+            {
+                "audio": audio,
+                "num_samples": self._lengths[index],
+                "targets": np.eye(3, dtype=np.uint8)[index % 3],
+                "position": positions,
+                "clip_id": np.array([f"clip-{i}" for i in index]),
+            }
+        )
+
+
+class Pretraining:
+    """A small pre-training run, to be called again and again with other settings."""
+
+    def settings(self, **train: object) -> PretrainSettings:
+        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
+        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
+        encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
+        return validate(
+            PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train}
+        )
+
+    def run(self, output: Path, report=None, **train: object) -> list[float]:
+        """Trains and returns the loss of every step that ran."""
+        settings = self.settings(**train)
+        losses: list[float] = []
+
+        def record(step: int, metrics: dict[str, float]) -> None:
+            losses.append(metrics["train/loss"])
+            if report is not None:
+                report(step, metrics)
+
+        torch.manual_seed(settings.train.seed)
+        task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
+        source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size)
+        run_training(
+            task, source, settings.train, WorkerContext(0, 1, torch.device("cpu"), record), open_place(str(output))
+        )
+        return losses
+
+
+@pytest.fixture
+def pretraining() -> Pretraining:
+    return Pretraining()

@@ -1,0 +1,90 @@
+"""The loop: exact resumption, exact weighting, and what it leaves behind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beats_ray.data.storage import open_place
+from beats_ray.models import load_model
+from beats_ray.train.checkpoint import committed_steps
+from beats_ray.train.loop import TrainingDiverged
+from beats_ray.train.metrics import read_metrics
+
+pytestmark = pytest.mark.unit
+
+
+class Interrupted(Exception):
+    """Stands for a killed worker."""
+
+
+def interrupt_at(stop: int):
+    def report(step: int, _metrics: dict[str, float]) -> None:
+        if step == stop:
+            raise Interrupted
+
+    return report
+
+
+def test_ten_steps_equal_five_a_restore_and_five_bit_for_bit(tmp_path: Path, pretraining) -> None:
+    whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=5)
+    with pytest.raises(Interrupted):
+        pretraining.run(tmp_path / "broken", interrupt_at(7), checkpoint_every_steps=5)
+    rest = pretraining.run(tmp_path / "broken", checkpoint_every_steps=5)
+    assert rest == whole[5:]
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    steps = [record["step"] for record in read_metrics(open_place(str(tmp_path / "broken")))]
+    assert steps == list(range(1, 11))
+
+
+def test_accumulation_weights_clips_of_different_length_as_one_batch_does(tmp_path: Path, pretraining) -> None:
+    # No masking at random: masks depend on the micro-batch, so everything but one patch in a hundred is a target.
+    kwargs = {"steps": 4, "warmup_steps": 1, "global_batch_size": 8}
+    one = pretraining.run(tmp_path / "one", micro_batch_size=8, **kwargs)
+    two = pretraining.run(tmp_path / "two", micro_batch_size=4, **kwargs)
+    assert one[0] != two[0], "the masks should differ"
+    assert one == pytest.approx(two, rel=0.05)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, pretraining) -> None:
+    whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=3)
+    with pytest.raises(Interrupted):
+        pretraining.run(tmp_path / "broken", interrupt_at(8), checkpoint_every_steps=3)
+    checkpoints = open_place(str(tmp_path / "broken" / "checkpoints"))
+    assert committed_steps(checkpoints) == [3, 6]
+    newest = max((tmp_path / "broken" / "checkpoints" / "step-00000006").rglob("*.pt"), key=lambda p: p.stat().st_size)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert pretraining.run(tmp_path / "broken", checkpoint_every_steps=3) == whole[3:]
+
+
+def test_a_checkpoint_without_commit_is_never_used(tmp_path: Path, pretraining) -> None:
+    whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=5)
+    with pytest.raises(Interrupted):
+        pretraining.run(tmp_path / "broken", interrupt_at(7), checkpoint_every_steps=5)
+    (tmp_path / "broken" / "checkpoints" / "step-00000005" / "commit.json").unlink()
+    assert pretraining.run(tmp_path / "broken", checkpoint_every_steps=5) == whole
+
+
+def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path: Path, pretraining) -> None:
+    pretraining.run(tmp_path, checkpoint_every_steps=2, keep_checkpoints=2)
+    assert committed_steps(open_place(str(tmp_path / "checkpoints"))) == [6, 8]
+
+
+def test_published_encoder_has_learned_and_loads(tmp_path: Path, pretraining) -> None:
+    losses = pretraining.run(tmp_path, steps=30)
+    assert losses[-1] < losses[0] - 0.5
+    encoder = load_model(tmp_path / "model")
+    assert encoder.config.width == 32
+
+
+def test_another_seed_gives_another_run_and_the_same_seed_the_same(tmp_path: Path, pretraining) -> None:
+    first = pretraining.run(tmp_path / "a", steps=4)
+    assert pretraining.run(tmp_path / "b", steps=4) == first
+    assert pretraining.run(tmp_path / "c", steps=4, seed=1) != first
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path: Path, pretraining) -> None:
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        pretraining.run(tmp_path, learning_rate=1e30, max_grad_norm=1e30)
