@@ -22,6 +22,7 @@ BANDS = 8  # patches along frequency
 MIXTURE_UPDATES = 20  # steps of expectation maximisation; the weights move little after ten
 FOREST_TREES = 500
 MFCC_COEFFICIENTS = 20
+MFCC_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 BASELINE_SEED = 0
 
 
@@ -123,10 +124,10 @@ class AcousticStatistics:
 
 
 def mfcc_statistics(mfcc_TC: Tensor) -> Tensor:
-    """Mean and deviation over time of the coefficients and of their first differences."""
+    """Mean, deviation, quantiles and extremes over time of the coefficients, and the deviation of their differences."""
     delta_TC = mfcc_TC.diff(dim=0) if len(mfcc_TC) > 1 else torch.zeros_like(mfcc_TC)
-    parts = [f for part in (mfcc_TC, delta_TC) for f in (part.mean(0), part.std(0, correction=0))]
-    return torch.cat(parts)
+    ranks_QC = mfcc_TC.quantile(mfcc_TC.new_tensor(MFCC_QUANTILES), dim=0)
+    return torch.cat([mfcc_TC.mean(0), mfcc_TC.std(0, correction=0), *ranks_QC, delta_TC.std(0, correction=0)])
 
 
 def run_baselines(
@@ -150,7 +151,7 @@ def run_baselines(
     )
     return {
         "random_forest_mfcc": {
-            "description": f"random forest, {FOREST_TREES} trees, on statistics of {MFCC_COEFFICIENTS} MFCCs, deltas",
+            "description": f"random forest, {FOREST_TREES} trees, on statistics of {MFCC_COEFFICIENTS} MFCCs",
             **asdict(cross_validate(clips.labelled("mfcc"), _forest)),
         },
         "mean_log_mel": {

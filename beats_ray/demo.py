@@ -1,13 +1,14 @@
 """The demo: the whole method, small, on one machine, from raw clips to a leaderboard.
 
-It starts a real object store, prepares shards on it, and runs two BEATs iterations from there with two Ray Train workers
-under DeepSpeed ZeRO-2, each followed by a Ray Tune sweep. Sizes are small; the parts are those of a cluster run.
+It starts a real object store, prepares shards on it, and runs two BEATs iterations from there: two Ray Train workers
+under DeepSpeed ZeRO-2, and a Ray Tune sweep after each. Sizes are small; the parts are those of a cluster run.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from beats_ray.config import (
     DistillSettings,
@@ -20,6 +21,7 @@ from beats_ray.config import (
     PretrainSettings,
     RaySettings,
     SearchParameter,
+    Section,
     StreamSettings,
     SweepSettings,
     TokenizerSettings,
@@ -37,6 +39,9 @@ BASE_MINUTES = 12.0
 """The budget that the step counts below are made for, on two cores."""
 
 
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 class DemoData(StreamSettings, PrepareSettings):
     """Settings of preparing and of streaming, side by side."""
 
@@ -50,7 +55,7 @@ class DemoConfig(IterateConfig):
 def demo_settings(budget_minutes: float) -> dict[str, object]:
     """The demo's settings for a budget: steps grow with it, everything else stays."""
     scale = budget_minutes / BASE_MINUTES
-    encoder = EncoderSettings(preset="mini")
+    encoder = EncoderSettings(preset="tiny")
 
     def steps(count: int) -> int:
         return max(4, round(count * scale))
@@ -185,12 +190,12 @@ def _prepare_and_iterate(config: DemoConfig, raw: str, console: Console) -> Writ
         ray=config.ray,
         data=_part(PrepareSettings, config.data),
     )
-    prepare(settings, lambda done, total: console.progress(done, total))
+    prepare(settings, console.progress)
     fields = {name: getattr(config, name) for name in IterateConfig.model_fields}
     return run_iterate(IterateConfig(**fields | {"data": _part(StreamSettings, config.data)}), console)
 
 
-def _part(kind: type, section: DemoData) -> object:
+def _part(kind: type[SectionT], section: DemoData) -> SectionT:
     return kind(**{name: getattr(section, name) for name in kind.model_fields})
 
 
@@ -203,4 +208,6 @@ def _closing_words(run: Path, raw: str, console: Console) -> None:
     console.note("Next:")
     console.note(f"  beats-ray predict {run}/iteration-2/sweep/model {example}")
     console.note(f"  tensorboard --logdir {run}")
-    console.note("  beats-ray iterate jobs/iterate-tiny.yaml data.path=DATASET output=RUN     (after `beats-ray prepare`)")
+    console.note(
+        "  beats-ray iterate jobs/iterate-tiny.yaml data.path=DATASET output=RUN     (after `beats-ray prepare`)"
+    )

@@ -10,6 +10,8 @@ Results arrive in the order in which they are done; `shard` and `row` say where 
 
 import fcntl
 import hashlib
+import logging
+import math
 import os
 import shutil
 import tempfile
@@ -29,6 +31,8 @@ if TYPE_CHECKING:  # reading tasks import this module too: without PyTorch they 
     import torch
 
 CPUS_PER_READER = 0.5  # half of a reader's time is waiting for storage
+READERS_PER_CPU = 0.5  # a process that decodes keeps two CPU actors busy; each more costs seconds of start-up
+READERS_PER_GPU = 8
 MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
 KEPT_MODELS = 2  # downloaded models that stay on a node's disk
 
@@ -98,8 +102,6 @@ def map_clips(
         return
     num_workers = min(num_workers, sum(-(-span.clips // batch_clips) for span in spans))
     _check_cluster(num_workers, use_gpu)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     # Any: Ray's hints of map_batches do not know generators with further arguments.
     graph: Any = ray.data.from_items(
         [asdict(span) for span in spans], override_num_blocks=min(len(spans), MAX_READ_TASKS)
@@ -110,6 +112,9 @@ def map_clips(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=CPUS_PER_READER,
+        compute=ray.data.TaskPoolStrategy(
+            size=math.ceil(num_workers * (READERS_PER_GPU if use_gpu else READERS_PER_CPU))
+        ),
     ).map_batches(
         _ClipActor,
         fn_constructor_kwargs={"worker_class": worker_class, "model": model, "options": worker_options or {}},
@@ -119,6 +124,11 @@ def map_clips(
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )
+    # The caller shows progress: Ray Data stays silent, and does not warn of it either.
+    graph.context.enable_progress_bars = False
+    graph.context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     for batch in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         if batch.num_rows:
             yield batch

@@ -8,7 +8,7 @@ Every stage has its own folder and is done once; a run started again goes on wit
 and a training stage in its newest checkpoint.
 """
 
-import datetime
+import datetime as dt
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def open_run(run: Place, config: IterateConfig) -> None:
     try:
         found = (run / "run.json").read_json()
     except FileNotFoundError:
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         (run / "run.json").write_json(
             {
                 "name": run.name,

@@ -18,13 +18,11 @@ from pathlib import Path
 
 import psutil
 
-from beats_ray.config import ConfigError, RaySettings, TrainSettings
+from beats_ray.config import ConfigError, RaySettings, StreamSettings, TrainSettings
 
 STOP_SECONDS = 10.0
-CPUS_BESIDE_TRAINING = 1.0
-"""Logical CPUs that reading and decoding needs beside the workers."""
-
 _RAY_ENVIRONMENT = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -59,17 +57,20 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
         yield
 
 
-def check_fits(settings: TrainSettings) -> None:
+def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
     """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and the data pipeline need."""
     import ray
 
+    from beats_ray.data.stream import required_cpus
+
     total = ray.cluster_resources()
-    workers = settings.num_workers * settings.cpus_per_worker
-    if workers + CPUS_BESIDE_TRAINING > total.get("CPU", 0.0):
+    reading = required_cpus(data)
+    needed = settings.num_workers * settings.cpus_per_worker + reading
+    if needed > total.get("CPU", 0.0):
         raise ConfigError(
-            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and "
-            f"{CPUS_BESIDE_TRAINING:g} for data make {workers + CPUS_BESIDE_TRAINING:g} CPUs; the cluster has "
-            f"{total.get('CPU', 0.0):g}; lower num_workers or cpus_per_worker, or raise ray.num_cpus"
+            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} for "
+            f"the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g}; lower num_workers or "
+            "cpus_per_worker, or raise ray.num_cpus"
         )
     if settings.use_gpu and settings.num_workers > total.get("GPU", 0.0):
         raise ConfigError(
@@ -119,6 +120,7 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def _quiet_libraries() -> None:
+
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")

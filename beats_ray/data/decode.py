@@ -1,7 +1,7 @@
 """Audio files of any common kind to 16 kHz, mono, int16, and back to FLAC, the form that shards hold.
 
-    wave = decode_clip(path.read_bytes(), path.name)      # BadAudio tells why a file cannot be used
-    assert (decode_flac(encode_flac(wave)) == wave).all()
+wave = decode_clip(path.read_bytes(), path.name)      # BadAudio tells why a file cannot be used
+assert (decode_flac(encode_flac(wave)) == wave).all()
 """
 
 import io
@@ -18,6 +18,7 @@ from beats_ray.data.manifest import SAMPLE_RATE_HZ
 MIN_SAMPLES = 400  # 25 ms: a shorter clip has not a single filterbank frame
 LOWEST_RATE_HZ = 1_000
 HIGHEST_RATE_HZ = 768_000
+MOST_FRAMES = 1 << 40
 BLOCK_FRAMES = 1 << 20  # a recording of hours is never in memory at its full rate
 UNKNOWN_SIZE = 0xFFFFFFFF  # what programs that write a WAV to a pipe put in its header
 FLAC_TAIL_BYTES = 1 << 16  # more than any frame of 16 bit stereo
@@ -42,7 +43,7 @@ def decode_clip(data: bytes, name: str) -> WaveInt16:
     """The whole recording at 16 kHz, channels averaged, values beyond full scale clipped.
 
     `name` only serves messages. Raises BadAudio with one of the reasons empty-file, not-audio, bad-sample-rate,
-    zero-length, too-short, truncated, damaged, non-finite.
+    zero-length, unknown-length, too-short, truncated, damaged, non-finite.
     """
     if not data:
         raise BadAudio("empty-file", f"{name} has 0 bytes")
@@ -56,6 +57,8 @@ def decode_clip(data: bytes, name: str) -> WaveInt16:
         _check_container(data, name)
         if sound.frames <= 0:
             raise BadAudio("zero-length", f"{name} holds no samples")
+        if sound.frames > MOST_FRAMES:  # libsndfile's way of saying so; reading such a file fails at its end
+            raise BadAudio("unknown-length", f"{name}: its header does not say how long it is; encode it again")
         wave = _read_at_target_rate(sound, data, name)
     if wave.size < MIN_SAMPLES:
         raise BadAudio("too-short", f"{name}: {wave.size / SAMPLE_RATE_HZ * 1000:.1f} ms, less than one 25 ms frame")
@@ -80,7 +83,7 @@ class _Resampler(Protocol):
 
 
 class _NoResampler:
-    def resample_chunk(self, x: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
+    def resample_chunk(self, x: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:  # noqa: ARG002
         return x
 
 

@@ -70,7 +70,9 @@ def read_manifest(dataset: Place) -> DatasetManifest:
     try:
         values = (dataset / "dataset.json").read_json()
     except FileNotFoundError:
-        raise UserError(f"{dataset.uri}: not a prepared data set (no dataset.json); run `beats-ray prepare` first") from None
+        raise UserError(
+            f"{dataset.uri}: not a prepared data set (no dataset.json); run `beats-ray prepare` first"
+        ) from None
     except ValueError as error:
         raise UserError(f"{dataset.uri}/dataset.json: not valid JSON: {error}") from None
     version = values.get("format_version") if isinstance(values, dict) else None

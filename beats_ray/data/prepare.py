@@ -13,6 +13,7 @@ import pickle
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from beats_ray.config import PrepareConfig, UserError
 from beats_ray.data.datasets.esc50 import read_esc50
+from beats_ray.data.decode import MIN_SAMPLES
 from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, read_manifest
 from beats_ray.data.shard_writer import FbankSums, ShardPlan, ShardResult, write_shard
 from beats_ray.data.source import Quarantined, SourceClip, SourceListing
@@ -53,6 +55,11 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     finished = _finished(config, source, output)
     if finished:
         return finished
+    if config.data.max_clip_seconds * SAMPLE_RATE_HZ < 2 * MIN_SAMPLES:  # pieces may be half as long
+        raise UserError(
+            f"data.max_clip_seconds={config.data.max_clip_seconds:g}: must be at least "
+            f"{2 * MIN_SAMPLES / SAMPLE_RATE_HZ:g}; a clip needs one frame of the filterbank"
+        )
     listing = READERS[config.kind](source)
     _check_quarantine(config, output, listing.num_files, listing.quarantined)
     plans = plan_shards(config, source, output, listing.clips)
@@ -83,7 +90,7 @@ def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list
         ordered = sorted(by_part[part], key=lambda clip: hashlib.sha256(clip.clip_id.encode()).digest())
         count = -(-len(ordered) // config.data.row_group_clips)
         cuts = [len(ordered) * place // count for place in range(count + 1)]
-        groups += [tuple(ordered[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        groups += [tuple(ordered[start:stop]) for start, stop in pairwise(cuts)]
     sizes = [sum(_prepared_bytes(clip) for clip in group) for group in groups]
     target_bytes = min(config.data.shard_mib * 2**20, max(1.0, sum(sizes) / MIN_SHARDS))
     shards: list[list[tuple[SourceClip, ...]]] = []

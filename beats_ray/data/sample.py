@@ -37,7 +37,8 @@ def make_sample_set(folder: Path, num_clips: int = 400, seed: int = 0, clip_seco
     rows = [_row(index) for index in range(num_clips)]
     tasks = [(audio, row["filename"], index, seed, clip_seconds) for index, row in enumerate(rows)]
     context = multiprocessing.get_context("spawn")  # a fork of a process that already runs threads may hang
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    processes = min(os.cpu_count() or 1, -(-num_clips // CLIPS_PER_TASK))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         for _ in pool.map(_write_clip, tasks, chunksize=CLIPS_PER_TASK):
             pass
     table = io.StringIO(newline="")

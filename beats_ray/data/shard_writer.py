@@ -181,7 +181,7 @@ def _decoded(
             batch = clips[start : start + FILES_IN_FLIGHT]
             for clip, data in zip(batch, threads.map(lambda clip: _read(source / clip.path), batch), strict=True):
                 if data is None:
-                    quarantined.append(Quarantined(clip.path, "missing-file", "it was there when the folder was listed"))
+                    quarantined.append(Quarantined(clip.path, "missing-file", "gone since the folder was listed"))
                     continue
                 try:
                     yield clip, decode_clip(data, clip.path.rsplit("/", 1)[-1])

@@ -118,7 +118,7 @@ def _time(samples: int) -> Wave:
 
 
 def _frequencies(samples: int) -> Wave:
-    return np.fft.rfftfreq(samples, 1.0 / SAMPLE_RATE_HZ)
+    return np.fft.rfftfreq(samples, 1.0 / SAMPLE_RATE_HZ).astype(np.float64)
 
 
 def _sweeps(random: Random, samples: int, upwards: bool) -> Wave:
@@ -155,5 +155,5 @@ def _pulses(random: Random, samples: int, times: Wave, decay_seconds: float, spr
 def _smoothed(values: Wave, seconds: float) -> Wave:
     """A moving average: pitch never jumps within one sample, which would click."""
     width = max(1, int(seconds * SAMPLE_RATE_HZ))
-    total = np.cumsum(np.pad(values, (width, 0), mode="edge"))
+    total: Wave = np.cumsum(np.pad(values, (width, 0), mode="edge"))
     return (total[width:] - total[:-width]) / width

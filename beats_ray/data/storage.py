@@ -41,7 +41,24 @@ class Place:
     @cached_property
     def filesystem(self) -> fs.FileSystem:
         """The pyarrow file system that `path` belongs to."""
-        return _s3_file_system(_s3_environment()) if self.is_remote else fs.LocalFileSystem()
+        return _s3_file_system(*_s3_environment(), _s3_keys()) if self.is_remote else fs.LocalFileSystem()
+
+    @cached_property
+    def keyless_filesystem(self) -> fs.FileSystem:
+        """The same storage for Ray's own bookkeeping: making a folder there writes nothing.
+
+        pyarrow marks every folder that Ray makes by an object with a trailing slash, which not every S3 server takes.
+        """
+        if not self.is_remote:
+            return self.filesystem
+        import s3fs
+
+        endpoint, region, anonymous = _s3_environment()
+        client = {"region_name": region} if region else {}
+        remote = s3fs.S3FileSystem(
+            anon=anonymous, endpoint_url=endpoint, client_kwargs=client, skip_instance_cache=True
+        )
+        return fs.PyFileSystem(fs.FSSpecHandler(remote))
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri, "path": self.path}  # the receiving process opens its own connection
@@ -95,7 +112,7 @@ class Place:
 
     @contextmanager
     def open_output(self) -> Iterator[pa.NativeFile]:
-        """A stream that replaces the content bit by bit: not atomic, for files that count only once an index names them."""
+        """A stream that replaces the content as it goes: for files that count only once an index names them."""
         with storage_errors(self.uri):
             if self.is_remote:
                 self._make_bucket()
@@ -179,7 +196,7 @@ class storage_errors:
             raise StorageError(f"{self.uri}: {error.strerror or ' '.join(str(error).split())}") from error
         endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS"
         text = " ".join(str(error).split())
-        if "ACCESS_DENIED" in text or "HTTP status 403" in text or "SIGNATURE" in text.upper():
+        if "ACCESS_DENIED" in text or "ACCESS_KEY" in text or "HTTP status 403" in text or "SIGNATURE" in text.upper():
             reason = "refused the request; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         elif "HTTP status 400" in text:  # what a request without keys, or with another region's, gets
             reason = "refused the request; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
@@ -200,9 +217,14 @@ def _s3_environment() -> tuple[str | None, str | None, bool]:
     return endpoint, region, os.environ.get("AWS_S3_ANONYMOUS", "") == "1"
 
 
+def _s3_keys() -> int:
+    return hash(
+        tuple(os.environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
+    )
+
+
 @lru_cache(maxsize=8)
-def _s3_file_system(environment: tuple[str | None, str | None, bool]) -> fs.S3FileSystem:
-    endpoint, region, anonymous = environment
+def _s3_file_system(endpoint: str | None, region: str | None, anonymous: bool, _keys: int) -> fs.S3FileSystem:
     if endpoint:  # servers other than AWS rarely take the newer trailing checksums
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")

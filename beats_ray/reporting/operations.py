@@ -65,7 +65,9 @@ def _quarantine_grid(rows: list[dict[str, Any]]) -> Grid:
 
 
 def _file_of(row: dict[str, Any]) -> str:
-    return next((str(row[name]) for name in ("file", "path", "source", "clip_id") if row.get(name)), "?")
+    return next(
+        (str(row[name]).rsplit("/", 1)[-1] for name in ("file", "path", "source", "clip_id") if row.get(name)), "?"
+    )
 
 
 def throughput(run: Run) -> Section:

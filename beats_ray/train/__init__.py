@@ -1,1 +1,1 @@
-"""Training: one loop, three tasks (pre-training, tokenizer distillation, fine-tuning), DeepSpeed ZeRO under Ray Train."""
+"""Training: one loop and three tasks under DeepSpeed ZeRO and Ray Train."""

@@ -48,7 +48,11 @@ class ResumeCheckpoints:
                     files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         every_rank = self._context.gather(files)  # all files are up before the commit
         if self._context.rank == 0:
-            commit = {"step": step, "world_size": self._context.world_size, "files": dict(sorted(_union(every_rank).items()))}
+            commit = {
+                "step": step,
+                "world_size": self._context.world_size,
+                "files": dict(sorted(_union(every_rank).items())),
+            }
             (target / "commit.json").write_json(commit)
             for old in committed_steps(self.folder)[: -self._keep]:
                 (self.folder / f"step-{old:08d}").delete()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+Report = Callable[[int, dict[str, float]], None]
+
 
 @dataclass(frozen=True)
 class WorkerContext:
@@ -20,7 +22,7 @@ class WorkerContext:
     rank: int
     world_size: int
     device: torch.device
-    report: Callable[[int, dict[str, float]], None]
+    report: Report
 
     def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, in place."""
@@ -38,13 +40,11 @@ class WorkerContext:
 
 
 def ray_train_context() -> WorkerContext:
-    """The context of a Ray Train worker; a process group of its own where it is the only one (local mode)."""
+    """The context of a Ray Train worker."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
-    if not dist.is_initialized():
-        start_process_group_of_one()
     return WorkerContext(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
@@ -53,7 +53,9 @@ def ray_train_context() -> WorkerContext:
     )
 
 
-def start_process_group_of_one() -> None:
-    """The process group that DeepSpeed asks for, where there is but one process."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def single_process_context(report: Report, use_gpu: bool = False) -> WorkerContext:
+    """The context of a run that has this process to itself: a Tune trial, a test."""
+    if not dist.is_initialized():  # DeepSpeed asks for a process group, even of one
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return WorkerContext(0, 1, torch.device("cuda" if use_gpu else "cpu"), report)

@@ -118,7 +118,9 @@ def _merge(derived: dict[str, Any], extra: Mapping[str, Any], name: str) -> dict
         if isinstance(value, Mapping) and isinstance(merged.get(key, {}), dict):
             merged[key] = _merge(merged.get(key, {}), value, f"{name}.{key}")
         elif key in derived and derived[key] != value:
-            raise ConfigError(f"{name}.{key}={value!r} contradicts {derived[key]!r}, which the train section derives; drop it")
+            raise ConfigError(
+                f"{name}.{key}={value!r} contradicts {derived[key]!r}, which the train section derives; drop it"
+            )
         else:
             merged[key] = value
     return merged

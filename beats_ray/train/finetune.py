@@ -1,7 +1,7 @@
 """Fine-tuning: a mean-pooled classifier on a pre-trained encoder (paper section 4.2).
 
-Single-label data are trained with (soft) cross-entropy, multi-label data with binary cross-entropy; waveform mixup mixes
-the targets alike. Layer-wise learning-rate decay follows the encoder's depth.
+Single-label data are trained with (soft) cross-entropy, multi-label data with binary cross-entropy; mixup mixes
+waveforms and targets alike. Layer-wise learning-rate decay follows the encoder's depth.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from beats_ray.config import FinetuneSettings
 from beats_ray.data.augment import mask_spectrogram, mixup, roll
-from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.batches import MicroBatch
+from beats_ray.data.manifest import DatasetManifest
 from beats_ray.models import (
     AudioClassifier,
     BeatsEncoder,
@@ -97,4 +97,4 @@ class FinetuneTask:
         classifier.load_state_dict(
             {name.removeprefix(prefix): value.float() for name, value in state_dict.items() if name.startswith(prefix)}
         )
-        save_model(classifier, folder)
+        save_model(classifier, folder, {"multi_label": self._multi_label})

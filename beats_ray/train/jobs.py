@@ -4,7 +4,6 @@
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,7 +76,9 @@ def run_finetune(config: FinetuneConfig, console: Console) -> Written:
     _require_model(config.encoder, "encoder")
     manifest = _manifest(config.data)
     check_folds(config, manifest)
-    return _train(Run("finetune", config, manifest, open_place(config.output), load_cache(config.data, manifest)), console)
+    return _train(
+        Run("finetune", config, manifest, open_place(config.output), load_cache(config.data, manifest)), console
+    )
 
 
 def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
@@ -87,6 +88,11 @@ def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
         fold = getattr(config.folds, name)
         if fold not in known and fold != -1:
             raise ConfigError(f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}")
+    if not training_folds(config, manifest):
+        raise ConfigError(
+            f"data.folds={list(config.data.folds)} leaves no fold to train on beside test fold "
+            f"{config.folds.test_fold} and validation fold {config.folds.validation_fold}; widen data.folds"
+        )
 
 
 def training_folds(config: FinetuneConfig, manifest: DatasetManifest) -> tuple[int, ...]:
@@ -117,7 +123,7 @@ def _require_model(uri: str, field_name: str) -> None:
 def _train(run: Run, console: Console) -> Written:
     """Runs to the end, or returns at once when it has been run already with the same config."""
     if not is_complete(run.output):
-        check_fits(run.train)
+        check_fits(run.train, run.data)
 
     def work() -> None:
         with watch(run, console):
@@ -141,7 +147,7 @@ def _fit(run: Run) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     settings = run.train
-    datasets: dict[str, Callable[[], Any]] = {}
+    datasets: dict[str, Any] = {}
     data_config = None
     if run.cache is None:
         from beats_ray.data.stream import execution_options
@@ -162,7 +168,7 @@ def _fit(run: Run) -> None:
         run_config=ray.train.RunConfig(
             name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
             storage_path=scratch.path,
-            storage_filesystem=scratch.filesystem,
+            storage_filesystem=scratch.keyless_filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
@@ -196,7 +202,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     train(payload["run"])
 
 
-class watch:  # noqa: N801 - used as a with-statement's word
+class watch:
     """Shows a run's progress while the block runs, read from the `progress.json` that its first worker writes."""
 
     def __init__(self, run: Run, console: Console) -> None:

@@ -11,7 +11,7 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from beats_ray.config import TrainSettings
-from beats_ray.data.storage import Place
 from beats_ray.data.batches import MicroBatch
+from beats_ray.data.storage import Place
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
 from beats_ray.train.optimizer import learning_rate
-
 
 HeldOut = Literal["validation", "test"]
 
@@ -49,7 +48,10 @@ class Prepared:
 class Task(Protocol):
     """One training objective. `module(*inputs)` returns `(loss_sum, metrics)`: a scalar and (sum, count) pairs."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What the engine trains."""
+        ...
 
     def depths(self) -> Mapping[str, int]:
         """Depth of each parameter, for layer-wise learning-rate decay."""
@@ -113,7 +115,9 @@ def run_training(
         if done % settings.log_every_steps == 0 or last or validates:
             metrics = meter.report(done, engine)
             if not math.isfinite(metrics["train/loss"]):
-                raise TrainingDiverged(f"train/loss is {metrics['train/loss']} at step {done}; lower train.learning_rate")
+                raise TrainingDiverged(
+                    f"train/loss is {metrics['train/loss']} at step {done}; lower train.learning_rate"
+                )
             if validates:
                 metrics |= evaluate(task, engine, source, context, "validation")
             if last:
@@ -147,9 +151,9 @@ def evaluate(
     with torch.no_grad():
         for batch in clips:
             generator.manual_seed(0)
-            part = task.prepare(batch, generator, training=False)
-            loss_sum, sums = task.module(*part.inputs)
-            means.add({"train/loss": (loss_sum, part.num_targets), **sums})
+            prepared = task.prepare(batch, generator, training=False)
+            loss_sum, sums = task.module(*prepared.inputs)
+            means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
     engine.train()
     return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
 
@@ -204,9 +208,7 @@ class _Meter:
         now = time.perf_counter()
         seconds = now - self._last_time
         wait = torch.tensor(self._wait_seconds / seconds, device=self._context.device)
-        self._means.add(
-            {"data/wait_fraction": (wait, torch.ones_like(wait))}
-        )
+        self._means.add({"data/wait_fraction": (wait, torch.ones_like(wait))})
         metrics = {
             "step": step,
             "seconds": now - self._started,

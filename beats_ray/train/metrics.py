@@ -23,14 +23,16 @@ CODE_COUNTS = "/code_counts"
 
 
 class MetricMeans:
-    """Accumulates sums and gives count-weighted means over all workers; of code counts, used fraction and perplexity."""
+    """Sums up and gives count-weighted means over all workers; of code counts, used fraction and perplexity."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
 
     def add(self, sums: MetricSums) -> None:
         for name, value in sums.items():
-            total = torch.stack([part.detach().double() for part in value]) if isinstance(value, tuple) else value.double()
+            total = (
+                torch.stack([part.detach().double() for part in value]) if isinstance(value, tuple) else value.double()
+            )
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def reduce(self, context: WorkerContext) -> dict[str, float]:

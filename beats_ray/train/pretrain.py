@@ -7,7 +7,6 @@ predict the masked ones. A loss above it shows nothing but repetition within a c
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from beats_ray.models import (
     PredictorConfig,
     RandomProjectionTokenizer,
     SelfDistilledTokenizer,
+    TokenizerConfig,
     compute_fbank,
     normalise_fbank,
     sample_patch_mask,
@@ -106,4 +106,5 @@ class PretrainTask:
 
 def num_codes_of(tokenizer: Tokenizer) -> int:
     """Size of a tokenizer's codebook."""
-    return cast(int, tokenizer.config.num_codes)
+    config = tokenizer.config
+    return config.quantizer.num_codes if isinstance(config, TokenizerConfig) else config.num_codes

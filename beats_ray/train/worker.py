@@ -2,15 +2,14 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beats_ray.data.storage import Place, open_place
 from beats_ray.data.batches import MicroBatch
-from beats_ray.train.context import WorkerContext, ray_train_context
+from beats_ray.data.storage import Place, open_place
+from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.jobs import Run, training_folds
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 
@@ -26,14 +25,13 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
 
 
 def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
-    """A Tune trial's run: one worker, and every validation is reported to Tune with its number."""
-    context = ray_train_context()
+    """A Tune trial's run, alone in its process: every validation is reported to Tune with its number."""
 
     def report_validations(step: int, metrics: dict[str, float]) -> None:
         if "validation/accuracy" in metrics:
             report({**metrics, "validations": -(-step // run.config.validate_every_steps)})
 
-    train(run, replace(context, report=report_validations))
+    train(run, single_process_context(report_validations, run.train.use_gpu))
 
 
 def build_task(run: Run) -> Task:

@@ -1,5 +1,6 @@
 """Search spaces: checked against the settings they change, then turned into Ray Tune's domains."""
 
+import difflib
 from typing import Any
 
 from beats_ray.config import ConfigError, FinetuneSettings, SearchParameter, field_names, replace
@@ -9,8 +10,6 @@ def check_space(space: dict[str, SearchParameter], settings: FinetuneSettings) -
     """ConfigError when a name is no fine-tuning setting, or an end of its range is not allowed for it."""
     for name, parameter in space.items():
         if name not in field_names(FinetuneSettings):
-            import difflib
-
             near = difflib.get_close_matches(name, field_names(FinetuneSettings), 1, 0.0)[0]
             raise ConfigError(f"sweep.space: {name!r} is no fine-tuning setting; did you mean {near}?")
         for value in parameter.values if parameter.distribution == "choice" else (parameter.low, parameter.high):
@@ -25,8 +24,9 @@ def tune_domains(space: dict[str, SearchParameter]) -> dict[str, Any]:
     for name, parameter in space.items():
         if parameter.distribution == "choice":
             domains[name] = tune.choice(list(parameter.values))
-        elif parameter.distribution == "loguniform":
-            domains[name] = tune.loguniform(parameter.low, parameter.high)
-        else:
-            domains[name] = tune.uniform(parameter.low, parameter.high)
+            continue
+        assert parameter.low is not None, name  # checked by SearchParameter
+        assert parameter.high is not None, name
+        draw = tune.loguniform if parameter.distribution == "loguniform" else tune.uniform
+        domains[name] = draw(parameter.low, parameter.high)
     return domains

@@ -1,7 +1,7 @@
 """A sweep: Ray Tune looks for the fine-tuning settings that do best on the validation fold.
 
-Every trial is a Ray Train run of one worker inside its Tune actor, so a trial's reservation is all it needs and a sweep
-cannot deadlock. Decoded clips are read once for all trials. ASHA stops trials that fall behind; the best of those that
+Every trial runs the training loop in its Tune actor, so a trial's reservation is all it needs and a sweep cannot
+deadlock. Decoded clips are read once for all trials. ASHA stops trials that fall behind; the best of those that
 ran to the end is published to `output/model`. The test fold is looked at once by each finished trial and chooses
 nothing.
 """
@@ -24,7 +24,13 @@ def run_sweep(config: SweepConfig, console: Console) -> Written:
     output = open_place(config.output)
     manifest = read_manifest(open_place(config.data.path))
     _check(config, manifest)
-    run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output, console))
+    run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output))
+    board = (output / "leaderboard.json").read_json()
+    best, stopped = board["best"], sum(row["stopped_early"] for row in board["trials"])
+    console.note(
+        f"best of {len(board['trials'])} trials ({stopped} stopped early): validation accuracy "
+        f"{best['validation_accuracy']:.3f}, test accuracy {best['test_accuracy'] or float('nan'):.3f}"
+    )
     return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
 
 
@@ -52,7 +58,7 @@ def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any])
     )
 
 
-def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, console: Console) -> None:
+def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> None:
     from ray import tune
 
     cache = load_cache(config.data, manifest)
@@ -61,9 +67,9 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, consol
     )
     folder = output / "tune"
     path = f"{folder.path}/trials"
-    if tune.Tuner.can_restore(path, storage_filesystem=folder.filesystem):
+    if tune.Tuner.can_restore(path, storage_filesystem=folder.keyless_filesystem):
         tuner = tune.Tuner.restore(
-            path, trainable, storage_filesystem=folder.filesystem, resume_unfinished=True, restart_errored=True
+            path, trainable, storage_filesystem=folder.keyless_filesystem, resume_unfinished=True, restart_errored=True
         )
     else:
         tuner = _new_tuner(config, trainable, folder)
@@ -80,10 +86,12 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, consol
 
 
 def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
+    import optuna
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings, steps = config.sweep, config.finetune.train.steps
     validations = max(1, -(-steps // config.finetune.validate_every_steps))
     search = OptunaSearch(seed=settings.seed) if settings.search == "optuna" else None
@@ -109,7 +117,7 @@ def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
         run_config=tune.RunConfig(
             name="trials",
             storage_path=folder.path,
-            storage_filesystem=folder.filesystem,
+            storage_filesystem=folder.keyless_filesystem,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
         ),
@@ -121,22 +129,15 @@ def _trial_resources(config: SweepConfig) -> dict[str, float]:
     return {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if train.use_gpu else {})
 
 
-def run_trial(
-    parameters: dict[str, Any], config: SweepConfig, manifest: DatasetManifest, cache: Any
-) -> None:
-    """One trial, in its Tune actor: a Ray Train run in this very process."""
-    import ray.train
+def run_trial(parameters: dict[str, Any], config: SweepConfig, manifest: DatasetManifest, cache: Any) -> None:
+    """One trial, in its Tune actor."""
     from ray import tune
-    from ray.train.torch import TorchTrainer
 
     from beats_ray.train.worker import train_trial
 
     trial_id = tune.get_context().get_trial_id()
-    run = Run("finetune", trial_config(config, trial_id, parameters), manifest, open_place(config.output) / "trials" / trial_id, cache)
-    TorchTrainer(
-        lambda: train_trial(run, lambda metrics: tune.report(metrics)),
-        scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=run.train.use_gpu),
-    ).fit()
+    settings = trial_config(config, trial_id, parameters)
+    train_trial(Run("finetune", settings, manifest, open_place(settings.output), cache), tune.report)
 
 
 def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:

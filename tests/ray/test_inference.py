@@ -2,20 +2,37 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 
-from beats_ray.config import UserError
-from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
-from beats_ray.data.storage import Place, open_place, write_table
-from beats_ray.inference import map_clips, row_group_spans
+from beats_ray.config import EvaluateConfig, RaySettings, StreamSettings, TokenizeConfig, UserError
+from beats_ray.console import Console
+from beats_ray.data.decode import decode_flac
+from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
+from beats_ray.data.storage import Place, open_place, read_table, write_table
+from beats_ray.evaluate import run_evaluate
+from beats_ray.inference import map_clips, pad_clips, row_group_spans
+from beats_ray.launch import ray_cluster
+from beats_ray.models import (
+    BeatsEncoder,
+    RandomProjectionConfig,
+    RandomProjectionTokenizer,
+    compute_fbank,
+    encoder_config,
+    normalise_fbank,
+    num_patches,
+    save_model,
+)
+from beats_ray.tokenize import run_tokenize
 
 pytestmark = pytest.mark.ray
 
@@ -72,12 +89,9 @@ class SumWorker:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import ray
-
-    ray.init(address="local", num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def cluster() -> Iterator[None]:
+    with ray_cluster(RaySettings(address="local", num_cpus=4, object_store_mib=200)):
+        yield
 
 
 def test_every_chosen_clip_is_mapped_once_with_its_own_samples(cluster: None, tmp_path: Path) -> None:
@@ -105,3 +119,70 @@ def test_more_workers_than_cpus_is_the_users_mistake(cluster: None, tmp_path: Pa
     dataset, manifest = build_dataset(tmp_path)
     with pytest.raises(UserError, match=r"num_workers=9 needs 9.5 CPUs, the cluster has 4"):
         list(map_clips(dataset, manifest, SumWorker, batch_clips=1, num_workers=9))
+
+
+def read_labels(output: Place, name: str) -> list[dict[str, Any]]:
+    return list(read_table(output / "shards" / name).to_pylist())
+
+
+def test_tokenize_labels_every_clip_in_place_and_goes_on_where_it_stopped(cluster: None, tmp_path: Path) -> None:
+    """One shard is written by hand as if by an earlier run: it must stay as it is, the other must be computed."""
+    dataset, manifest = build_dataset(tmp_path / "data")
+    tokenizer = RandomProjectionTokenizer(RandomProjectionConfig(num_codes=64))
+    model = save_model(tokenizer, tmp_path / "tokenizer")
+    output = open_place(str(tmp_path / "labels"))
+    config = TokenizeConfig(
+        output=output.uri, data=StreamSettings(path=dataset.uri), tokenizer=str(model), batch_clips=5
+    )
+    run_tokenize(config, Console())
+    first = {name: read_labels(output, name) for name in ("00000.parquet", "00001.parquet")}
+    whole = (output / "labels.json").read_json()
+    for index, (name, rows) in enumerate(first.items()):
+        assert [row["clip_id"] for row in rows] == [f"clip-{index}-{row}" for row in range(12)]
+        groups = pq.ParquetFile((output / "shards" / name).path).metadata
+        assert [groups.row_group(group).num_rows for group in range(groups.num_row_groups)] == [ROW_GROUP_CLIPS] * 3
+    wave, num_samples = pad_clips([shard_wave(dataset, "00001.parquet", 11)])
+    fbank, frames = compute_fbank(wave, num_samples)
+    alone = tokenizer.extract_labels(normalise_fbank(fbank, num_frames_B=frames), frames)[0].tolist()
+    assert first["00001.parquet"][11]["labels"] == alone[: num_patches(15_000)]
+    assert whole["patches"] == sum(num_patches(4000 + 1000 * row) for row in range(12)) * 2
+    assert whole["fingerprint"] == shards_fingerprint(manifest)
+    assert sum(whole["code_counts"]) == whole["patches"]
+
+    kept = (output / "shards" / "00000.parquet").read_bytes()
+    (output / "labels.json").delete()
+    (output / "shards" / "00001.parquet").delete()
+    changed = Path((output / "shards" / "00000.parquet").path)
+    before = changed.stat().st_mtime_ns
+    run_tokenize(config, Console())
+    assert (changed.stat().st_mtime_ns, changed.read_bytes()) == (before, kept)
+    assert read_labels(output, "00001.parquet") == first["00001.parquet"]
+    assert (output / "labels.json").read_json() == whole
+
+
+def test_labels_of_another_tokenizer_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    dataset, manifest = build_dataset(tmp_path / "data")
+    model = save_model(RandomProjectionTokenizer(RandomProjectionConfig(num_codes=64)), tmp_path / "tokenizer")
+    output = open_place(str(tmp_path / "labels"))
+    (output / "source.json").write_json({"fingerprint": shards_fingerprint(manifest), "tokenizer_sha256": "0"})
+    config = TokenizeConfig(output=output.uri, data=StreamSettings(path=dataset.uri), tokenizer=str(model))
+    with pytest.raises(UserError, match="holds labels of another tokenizer"):
+        run_tokenize(config, Console())
+
+
+def test_evaluate_probes_an_encoder_over_all_folds(cluster: None, tmp_path: Path) -> None:
+    dataset, _ = build_dataset(tmp_path / "data")
+    torch.manual_seed(0)
+    model = save_model(BeatsEncoder(encoder_config("tiny")), tmp_path / "encoder")
+    config = EvaluateConfig(output=str(tmp_path / "out"), data=StreamSettings(path=dataset.uri), model=str(model))
+    written = run_evaluate(config, Console())
+    result = json.loads(Path(written[0][1]).read_text())
+    assert result["kind"] == "encoder"
+    assert result["clips"] == len(result["correct"]) == 24
+    assert set(result["fold_accuracies"]) == {"1", "2", "3"}
+    assert result["accuracy"] == 1.0  # two pure tones
+
+
+def shard_wave(dataset: Place, name: str, row: int) -> bytes:
+    audio = read_table(dataset / "shards" / name, ["audio"])["audio"][row].as_py()
+    return decode_flac(audio).tobytes()

@@ -117,6 +117,19 @@ def read_examples(
     return example_decoder(example_spec(manifest, settings, plan, crop_seed=4))(rows)
 
 
+def planned_ids(dataset: Place, manifest: DatasetManifest) -> list[str]:
+    """The clip ids of the first epoch, looked up in the shards one by one."""
+    plan = build_plan(manifest, seed=4, shuffle_window_clips=SETTINGS.shuffle_window_clips)
+    ids = []
+    for ordinal in range(plan.windows_per_epoch):
+        window = plan.window(ordinal)
+        for slot, row in zip(window.slots_P, window.rows_P, strict=True):
+            group = window.row_groups[slot]
+            with pq.ParquetFile((dataset / "shards" / group.file).path) as shard:
+                ids.append(shard.read_row_group(group.index, columns=["clip_id"]).column(0)[int(row)].as_py())
+    return ids
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Place:
     place = open_place(str(tmp_path / "dataset"))
@@ -133,6 +146,7 @@ def test_examples_are_the_clips_of_the_plan_cropped_or_padded(dataset: Place) ->
     columns = read_examples(dataset, manifest, SETTINGS, (3, 50))
     samples = clip_samples_of(CLIP_SECONDS)
     assert columns["position"].tolist() == list(range(3, 50))
+    assert columns["clip_id"].tolist() == planned_ids(dataset, manifest)[3:50]
     lengths = set()
     for row, clip_id in enumerate(columns["clip_id"]):
         number = int(clip_id.split("-")[1])

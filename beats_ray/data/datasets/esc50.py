@@ -20,7 +20,7 @@ def check_layout(source: Place) -> None:
     """UserError, one line, unless `source` is a folder with `meta/esc50.csv` and audio files."""
     require_folder(source)
     if not (source / "meta/esc50.csv").exists():
-        raise UserError(f"source={source.uri}: no meta/esc50.csv; give a folder in ESC-50's layout (audio/, meta/esc50.csv)")
+        raise UserError(f"source={source.uri}: no meta/esc50.csv; give a folder in ESC-50's layout")
     if not (source / "audio").list():
         raise UserError(f"source={source.uri}: audio/ holds no files; give a folder in ESC-50's layout")
 
@@ -86,8 +86,8 @@ def _usual_categories(rows: list[dict[str, str]]) -> dict[int, str]:
     for row in rows:
         counts[int(row["target"])][row["category"]] += 1
     usual: dict[int, str] = {}
-    by_rows = sorted(((n, -target, name) for target, count in counts.items() for name, n in count.items()), reverse=True)
-    for _, negative_target, name in by_rows:
-        if -negative_target not in usual and name not in usual.values():
-            usual[-negative_target] = name
+    pairs = [(target, name) for target, names in counts.items() for name in names]
+    for target, name in sorted(pairs, key=lambda pair: (-counts[pair[0]][pair[1]], pair)):
+        if target not in usual and name not in usual.values():
+            usual[target] = name
     return usual

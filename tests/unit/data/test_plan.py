@@ -93,6 +93,7 @@ def test_the_shuffle_leaves_neither_row_groups_nor_clips_in_place() -> None:
     plan = build_plan(MANIFEST, seed=3, shuffle_window_clips=40)
     window = plan.window(0)
     assert len(window.row_groups) == 6
+    assert window.row_groups != plan.window(plan.windows_per_epoch).row_groups  # the next epoch begins elsewhere
     assert list(window.row_groups) != list(plan.row_groups[:6])
     assert len(set(window.slots_P[:12])) > 2  # clips of several row groups lie side by side
     unshuffled = build_plan(MANIFEST, shuffled=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beats_ray.models import AudioClassifier, ClassifierConfig, build_encoder, compute_fbank, normalise_fbank
+from beats_ray.models.transformer import TransformerLayer
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +35,8 @@ def test_outputs_and_gradients_are_finite_for_any_loudness_in_any_precision(kind
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
     encoder = build_encoder("tiny", num_layers=2).to(dtype).train()
     encoder.use(attention_backend=backend)
-    fbank, frames = compute_fbank(wave(kind), torch.tensor([8000, 5000]))
+    sound = torch.cat((wave(kind), wave(kind)[:1]))
+    fbank, frames = compute_fbank(sound, torch.tensor([8000, 5000, 0]))  # the last clip is padding alone
     assert torch.isfinite(fbank).all()
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         features = encoder(normalise_fbank(fbank), frames).features_BND
@@ -53,7 +55,9 @@ def test_attention_scores_beyond_the_range_of_fp16_stay_finite(dtype: torch.dtyp
         for name, one in encoder.named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 one.mul_(400.0)
-    attention = encoder.encoder.layers[0].self_attn
+    layer = encoder.encoder.layers[0]
+    assert isinstance(layer, TransformerLayer)
+    attention = layer.self_attn
     x = torch.nn.functional.layer_norm(torch.randn(32, 128), (128,))
     assert (attention.q_proj(x) @ attention.k_proj(x).t()).abs().max() / 32**0.5 > 100_000
     encoder = encoder.to(dtype).train()

@@ -12,7 +12,7 @@ from beats_ray.config import PretrainSettings, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.storage import open_place
 from beats_ray.models import RandomProjectionTokenizer
-from beats_ray.train.context import WorkerContext, start_process_group_of_one
+from beats_ray.train.context import single_process_context
 from beats_ray.train.loop import run_training
 from beats_ray.train.pretrain import PretrainTask
 
@@ -23,7 +23,7 @@ CLIPS, SAMPLES = 24, 16_000
 def process_group() -> Iterator[None]:
     """What DeepSpeed needs: a process group, here of one."""
     torch.set_num_threads(1)
-    start_process_group_of_one()
+    single_process_context(lambda _step, _metrics: None)
     yield
     dist.destroy_process_group()
 
@@ -70,9 +70,7 @@ class Pretraining:
         fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
         fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
         encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
-        return validate(
-            PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train}
-        )
+        return validate(PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train})
 
     def run(self, output: Path, report=None, **train: object) -> list[float]:
         """Trains and returns the loss of every step that ran."""
@@ -87,9 +85,7 @@ class Pretraining:
         torch.manual_seed(settings.train.seed)
         task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
         source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size)
-        run_training(
-            task, source, settings.train, WorkerContext(0, 1, torch.device("cpu"), record), open_place(str(output))
-        )
+        run_training(task, source, settings.train, single_process_context(record), open_place(str(output)))
         return losses
 
 

@@ -16,7 +16,8 @@ def test_rate_rises_to_its_peak_and_falls_to_nearly_zero(schedule: str) -> None:
     rates = [learning_rate(step, settings) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == pytest.approx(1e-3)
-    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 2e-5
 
 

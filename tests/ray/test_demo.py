@@ -1,0 +1,137 @@
+"""The whole chain for real: object store, Ray Data, two Ray Train workers, DeepSpeed, two iterations, sweeps, report.
+
+One small run is interrupted by Ctrl-C in the middle of its first pre-training and started again with the same command.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from beats_ray.data.sample import make_sample_set
+
+pytestmark = pytest.mark.ray
+
+SMALL = [
+    "pretrain.encoder.overrides.num_layers=1",
+    "pretrain.predictor.num_layers=1",
+    "pretrain.train.steps=60",
+    "pretrain.train.warmup_steps=5",
+    "pretrain.train.checkpoint_every_steps=10",
+    "distill.encoder.overrides.num_layers=1",
+    "distill.train.steps=8",
+    "distill.train.warmup_steps=2",
+    "finetune.train.steps=4",
+    "finetune.train.warmup_steps=1",
+    "finetune.train.checkpoint_every_steps=2",
+    "finetune.validate_every_steps=2",
+    "sweep.num_trials=2",
+]
+
+
+class Demo:
+    """The demo as a user runs it, in a process group of its own; every process below it carries a mark."""
+
+    def __init__(self, data: Path, output: Path) -> None:
+        self.run = output / "store" / "buckets" / "beats" / "run"
+        self.log = output.with_suffix(".log")
+        self._mark = uuid.uuid4().hex
+        self._command = [sys.executable, "-m", "beats_ray", "demo", "--data", str(data), "--output", str(output), *SMALL]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"BEATS_RAY_TEST_MARK": self._mark},
+                start_new_session=True,
+            )
+
+    def marked_processes(self) -> list[str]:
+        """Command lines of all processes that this demo started and that are still there."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark and process.status() != "zombie":
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float, demo: Demo) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"the demo ended early:\n{demo.tail()}"
+        assert time.monotonic() < deadline, f"{path} did not appear in {seconds:.0f} s:\n{demo.tail()}"
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(1200)
+def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    data = tmp_path / "clips"
+    make_sample_set(data, num_clips=100)
+    demo = Demo(data, tmp_path / "demo")
+
+    first = demo.start()
+    wait_for(demo.run / "iteration-1/pretrain/checkpoints/step-00000010/commit.json", first, 400, demo)
+    os.killpg(first.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
+    assert first.wait(60) == 130, demo.tail()
+    assert demo.marked_processes() == []
+    assert not (demo.run / "iteration-1/pretrain/model").exists(), "it was to be stopped before its end"
+    published_before = (demo.run / "iteration-1/tokenizer/model/model.safetensors").stat().st_mtime_ns
+
+    second = demo.start()
+    assert second.wait(900) == 0, demo.tail()
+    assert demo.marked_processes() == []
+
+    check_training_went_on(demo, published_before)
+    check_streaming(demo)
+    check_results(demo)
+
+
+def check_training_went_on(demo: Demo, published_before: int) -> None:
+    records = [json.loads(line) for line in (demo.run / "iteration-1/pretrain/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(10, 61, 10))
+    assert records[0]["train/loss"] > records[-1]["train/loss"]
+    tensorboard = sorted(path.name for path in (demo.run / "iteration-1/pretrain/tensorboard").iterdir())
+    resumed_at = [int(match[1]) for name in tensorboard if (match := re.search(r"\.step(\d+)$", name))]
+    assert 0 in resumed_at
+    assert max(resumed_at) >= 10, f"the second run should have begun at a checkpoint, not at {resumed_at}"
+    assert (demo.run / "iteration-1/tokenizer/model/model.safetensors").stat().st_mtime_ns == published_before
+
+
+def check_streaming(demo: Demo) -> None:
+    """Pre-training reads the shards from the object store itself, again and again as its epochs go by."""
+    requests = (demo.run.parents[2] / "requests.log").read_text(errors="replace")
+    assert len(re.findall(r"GET OBJECT Bucket: beats Object: data/shards/", requests)) > 10
+
+
+def check_results(demo: Demo) -> None:
+    for stage in ("tokenizer", "labels", "pretrain", "probe", "sweep"):
+        found = json.loads((demo.run / "iteration-2" / stage / "stage.json").read_text())
+        assert found["status"] == "complete", stage
+    for iteration in (0, 1, 2):
+        accuracy = json.loads((demo.run / f"iteration-{iteration}/probe/evaluation.json").read_text())
+        assert 0.0 < accuracy["accuracy"] <= 1.0
+    board = json.loads((demo.run / "iteration-2/sweep/leaderboard.json").read_text())
+    assert len(board["trials"]) == 2
+    assert board["best"]["test_accuracy"] is not None
+    report = (demo.run / "report.html").read_text()
+    assert "untrained" in report.lower()
+    assert "http://" not in report.replace("http://www.w3.org", ""), "the report must not need a network"
+    log = demo.log.read_text(errors="replace")
+    assert "Leaderboard" in log
+    assert "beats-ray predict" in log

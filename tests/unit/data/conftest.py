@@ -1,0 +1,32 @@
+"""A real object store for the tests of this folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beats_ray.objectstore import EmbeddedObjectStore
+
+
+@pytest.fixture(scope="module")
+def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
+    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as store:
+        store.make_bucket("beats")
+        yield store
+
+
+@pytest.fixture
+def store(running_store: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch) -> EmbeddedObjectStore:
+    """The store, with the environment that lets this process use it."""
+    for name, value in running_store.environment().items():
+        monkeypatch.setenv(name, value)
+    return running_store
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on each kind of storage."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    request.getfixturevalue("store")
+    return f"s3://beats/{tmp_path.name}"

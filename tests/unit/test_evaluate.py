@@ -1,0 +1,274 @@
+"""Evaluation: probes, baselines, scores and predictions give what can be worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from beats_ray.baselines import clip_band_baseline, mfcc_statistics
+from beats_ray.config import UserError
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.evaluate import ClipTable, Logits, PooledFeatures, mean_over_patches, score_classifier
+from beats_ray.inference import pad_clips
+from beats_ray.models import AudioClassifier, BeatsEncoder, ClassifierConfig, encoder_config, save_model
+from beats_ray.predict import predict_wave, run_predict, split_windows
+from beats_ray.probe import LabelledClips, cross_validate, probe_accuracy
+from beats_ray.tokenize import code_usage
+
+pytestmark = pytest.mark.unit
+
+CODES = 16
+
+
+def clips(labels: list[int], features: np.ndarray, folds: list[int]) -> LabelledClips:
+    names = [f"clip-{index}" for index in range(len(labels))]
+    return LabelledClips(names, features, np.array(labels), np.array(folds))
+
+
+class MemorisingClassifier:
+    """Right on clips it was trained on, by their single feature; otherwise it names label 0."""
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> "MemorisingClassifier":
+        self.known = dict(zip(features[:, 0].tolist(), labels.tolist(), strict=True))
+        return self
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return np.array([self.known.get(value, 0) for value in features[:, 0].tolist()])
+
+
+# --- k-fold -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_clip_is_judged_by_a_classifier_that_saw_it() -> None:
+    """A memorising classifier must do no better than naming label 0 everywhere."""
+    labels = [0, 1, 1, 1] * 5
+    folds = [fold for fold in range(1, 6) for _ in range(4)]
+    result = cross_validate(clips(labels, np.arange(20.0)[:, None], folds), MemorisingClassifier)
+    assert result.accuracy == 0.25
+    assert result.correct == "1000" * 5
+    assert result.fold_accuracies == {str(fold): 0.25 for fold in range(1, 6)}
+    assert result.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 20))
+    assert result.fold_standard_error == 0.0
+    assert result.chance == 0.75
+
+
+def test_the_probe_finds_a_direction_at_any_scale() -> None:
+    generator = np.random.default_rng(0)
+    labels = [index % 3 for index in range(150)]
+    features = generator.normal(size=(150, 8)) * np.array([1e-3, 1e4, 1, 1, 1, 1, 1, 1])
+    features[:, 0] += 0.02 * np.array(labels)  # in units of its deviation: 20
+    result = probe_accuracy(clips(labels, features, [index % 5 for index in range(150)]))
+    assert result.accuracy == 1.0
+    assert result.clips == 150
+
+
+def test_clips_outside_all_folds_are_neither_trained_on_nor_judged() -> None:
+    labels = [0, 1] * 6
+    folds = [1, 1, 2, 2, -1, -1] * 2
+    result = cross_validate(clips(labels, np.arange(12.0)[:, None], folds), MemorisingClassifier)
+    assert result.clips == 8
+    assert set(result.fold_accuracies) == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "folds", "message"),
+    [
+        ([0, 1, 0, 1], [1, 1, 1, 1], "needs at least 2"),
+        ([2, 2, 2, 2], [1, 1, 2, 2], "the same label"),
+        ([0, 1, 1, 1], [1, 1, 2, 2], "outside fold 1"),
+    ],
+)
+def test_data_that_cannot_be_probed_is_the_users_mistake(labels: list[int], folds: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        probe_accuracy(clips(labels, np.zeros((4, 2)), folds))
+
+
+# --- features and scores ----------------------------------------------------------------------------------------------
+
+
+def test_padding_has_no_part_in_pooled_features() -> None:
+    features = torch.tensor([[[1.0], [3.0], [torch.nan]], [[5.0], [7.0], [9.0]], [[1.0], [1.0], [1.0]]])
+    is_pad = torch.tensor([[False, False, True], [False, False, False], [True, True, True]])
+    assert mean_over_patches(features, is_pad).tolist() == [[2.0], [7.0], [0.0]]
+
+
+def test_a_clips_features_and_logits_do_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    encoder = BeatsEncoder(encoder_config("tiny")).eval()
+    classifier = AudioClassifier(encoder, ClassifierConfig(num_classes=3)).eval()
+    waves = [(np.random.default_rng(n).normal(size=n) * 3000).astype(np.int16).tobytes() for n in (8000, 24000)]
+    with torch.inference_mode():
+        for worker, name in ((PooledFeatures(encoder), "features"), (Logits(classifier), "logits")):
+            together = worker(*pad_clips(waves))[name]
+            alone = np.concatenate([worker(*pad_clips([wave]))[name] for wave in waves])
+            np.testing.assert_allclose(together, alone, atol=1e-4)
+            assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+def manifest(multi_label: bool, labels: int) -> DatasetManifest:
+    names = tuple(f"label-{index}" for index in range(labels))
+    return DatasetManifest(
+        name="x", label_names=names, multi_label=multi_label, clips=4, clips_by_fold={"1": 2, "2": 2},
+        clips_by_split={"": 4}, seconds=1, fbank_mean=0, fbank_std=1, source="x", source_files=4, quarantined=0,
+        shards=(),
+    )  # fmt: skip
+
+
+def table(logits: list[list[float]], labels: list[list[int]], folds: list[int]) -> ClipTable:
+    return ClipTable([str(i) for i in range(len(labels))], {"logits": np.array(logits)}, labels, np.array(folds))
+
+
+def test_a_classifiers_accuracy_counts_labelled_clips_only() -> None:
+    logits = [[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [0.0, 9.0]]
+    result = score_classifier(table(logits, [[0], [1], [1], []], [1, 1, 2, 2]), manifest(False, 2))
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["fold_accuracies"] == {"1": 1.0, "2": 0.0}
+    assert result["clips"] == 3
+
+
+def test_mean_average_precision_is_the_mean_over_classes_that_occur() -> None:
+    """Class 0 ranks its two clips 1 and 3: (1/1 + 2/3) / 2; class 1 ranks its one clip first; class 2 never occurs."""
+    logits = [[3.0, 0.0, 0.0], [2.0, 5.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    result = score_classifier(table(logits, [[0], [1], [0], []], [1] * 4), manifest(True, 3))
+    assert result["mean_average_precision"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    assert result["classes_present"] == 2
+
+
+def test_a_classifier_of_another_data_set_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="has 2 classes, the data set 3 labels"):
+        score_classifier(table([[0.0, 1.0]], [[0]], [1]), manifest(False, 3))
+
+
+def test_the_probe_refuses_clips_with_several_labels() -> None:
+    with pytest.raises(UserError, match="has 2 labels"):
+        table([[0.0, 1.0]], [[0, 1]], [1]).labelled("logits")
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_the_clip_band_guess_is_the_most_frequent_visible_code_of_clip_and_band() -> None:
+    labels = torch.full((2, 32), 3)
+    labels[0, 0::8] = 7  # band 0 of clip 0
+    labels[0, 24] = 5  # its last time step: a target
+    labels[1, 30:] = -1  # padding
+    visible = torch.tensor([[0, 1, 8, 9], [0, 1, 8, -1]])
+    target = torch.tensor([[16, 17, 24, -1], [16, 17, 30, -1]])
+    score = clip_band_baseline(labels, visible, target, CODES)
+    assert int(score.num_targets) == 5  # padding and unused places are no targets
+    assert int(score.num_correct) == 4  # all but the 5 at place 24
+
+
+def test_a_band_without_visible_patches_falls_back_on_its_clip() -> None:
+    labels = torch.full((2, 16), 9)
+    labels[1] = 4
+    score = clip_band_baseline(labels, torch.tensor([[0, 8], [1, 9]]), torch.tensor([[7, 15], [7, 15]]), CODES)
+    assert int(score.num_correct) == int(score.num_targets) == 4
+
+
+def random_labels(skew: float, clips: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels whose distribution depends on clip and band; `skew` 0 makes them uniform noise."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(clips, 8, CODES, generator=generator) * skew
+    probability = logits.softmax(-1).repeat(1, 30, 1).flatten(0, 1)
+    labels = torch.multinomial(probability, 1, generator=generator).view(clips, 240)
+    order = torch.rand(clips, 240, generator=generator).argsort(1)
+    return labels, order[:, :60], order[:, 60:]
+
+
+def test_the_clip_band_loss_is_that_of_noise_on_noise_and_far_below_on_structure() -> None:
+    for skew, low, high in ((0.0, 0.99, 1.06), (3.0, 0.2, 0.7)):
+        labels, visible, target = random_labels(skew)
+        score = clip_band_baseline(labels, visible, target, CODES)
+        ratio = float(score.loss_sum / score.num_targets) / math.log(CODES)
+        assert low < ratio < high, (skew, ratio)
+
+
+def test_the_clip_band_loss_sees_no_masked_label() -> None:
+    """Changing one target's label changes that target's likelihood alone: two sums over the rest agree."""
+    labels, visible, target = random_labels(2.0)
+    changed = labels.clone()
+    changed[0, target[0, 0]] = (changed[0, target[0, 0]] + 1) % CODES
+    before, after = (clip_band_baseline(values, visible, target[:, 1:], CODES) for values in (labels, changed))
+    assert torch.equal(before.loss_sum, after.loss_sum)
+    whole = clip_band_baseline(changed, visible, target, CODES)
+    assert not torch.equal(whole.loss_sum, clip_band_baseline(labels, visible, target, CODES).loss_sum)
+
+
+def test_the_clip_band_loss_is_finite_for_a_code_that_was_never_visible() -> None:
+    labels = torch.zeros(1, 32, dtype=torch.int64)
+    labels[0, 31] = 9
+    score = clip_band_baseline(labels, torch.arange(16)[None], torch.tensor([[31]]), 1024)
+    assert 3.0 < float(score.loss_sum) < 30.0
+
+
+def test_mfcc_statistics_of_a_ramp_are_known() -> None:
+    values = mfcc_statistics(torch.arange(11.0)[:, None])
+    deviation = math.sqrt(10.0)
+    np.testing.assert_allclose(values.numpy(), [5, deviation, 0, 1, 5, 9, 10, 0], atol=1e-5)
+
+
+def test_code_usage_of_even_and_collapsed_codebooks() -> None:
+    even, collapsed = code_usage(np.array([5, 5, 5, 5])), code_usage(np.array([0, 9, 0, 0]))
+    assert even == {"used_code_fraction": 1.0, "perplexity": pytest.approx(4.0)}
+    assert collapsed == {"used_code_fraction": 0.25, "perplexity": pytest.approx(1.0)}
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "lengths"), [(0.5, [0.5]), (10, [10]), (10.5, [10.5]), (25, [10, 10, 5])])
+def test_windows_hold_every_sample_once(seconds: float, lengths: list[float]) -> None:
+    wave = np.arange(int(seconds * 16_000)).astype(np.int16)
+    pieces = split_windows(wave)
+    assert [len(piece) / 16_000 for piece in pieces] == lengths
+    assert np.array_equal(np.concatenate(pieces), wave)
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = AudioClassifier(BeatsEncoder(encoder_config("tiny")), ClassifierConfig(num_classes=3), ["a", "b", "c"])
+    return save_model(model, tmp_path_factory.mktemp("model") / "classifier")
+
+
+def test_a_long_recording_has_the_mean_of_its_windows_probabilities(classifier_folder: Path) -> None:
+    from beats_ray.models import load_model
+
+    model = load_model(classifier_folder)
+    assert isinstance(model, AudioClassifier)
+    wave = (np.random.default_rng(0).normal(size=20 * 16_000) * np.linspace(0, 9000, 20 * 16_000)).astype(np.int16)
+    whole, halves = predict_wave(model, wave), [predict_wave(model, half) for half in np.split(wave, 2)]
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
+    assert float((halves[0] - halves[1]).abs().max()) > 1e-4
+
+
+def test_predict_takes_any_rate_and_channels(
+    classifier_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).normal(size=(44_100, 2)) * 0.1
+    soundfile.write(tmp_path / "stereo.flac", noise, 44_100)
+    soundfile.write(tmp_path / "mono.wav", noise[:8000, 0], 8000)
+    run_predict(str(classifier_folder), [str(tmp_path / "stereo.flac"), str(tmp_path / "mono.wav")], 2, as_json=True)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["seconds"] for record in records] == [1.0, 1.0]
+    for record in records:
+        probabilities = [entry["probability"] for entry in record["labels"]]
+        assert len(probabilities) == 2
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {entry["label"] for entry in record["labels"]} <= {"a", "b", "c"}
+
+
+def test_predict_names_an_unusable_file_and_a_model_of_another_kind(classifier_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.wav").write_bytes(b"")
+    with pytest.raises(UserError, match=r"empty.wav: empty-file"):
+        run_predict(str(classifier_folder), [str(tmp_path / "empty.wav")])
+    with pytest.raises(UserError, match=r"absent.wav: does not exist"):
+        run_predict(str(classifier_folder), [str(tmp_path / "absent.wav")])
+    encoder = save_model(BeatsEncoder(encoder_config("tiny")), tmp_path / "encoder")
+    with pytest.raises(UserError, match="holds kind='encoder'; give a model of kind classifier"):
+        run_predict(str(encoder), [str(tmp_path / "empty.wav")])
