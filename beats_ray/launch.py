@@ -68,9 +68,9 @@ def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
     needed = settings.num_workers * settings.cpus_per_worker + reading
     if needed > total.get("CPU", 0.0):
         raise ConfigError(
-            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} for "
-            f"the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g}; lower num_workers or "
-            "cpus_per_worker, or raise ray.num_cpus"
+            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
+            f"for the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g}; lower num_workers "
+            "or cpus_per_worker, or raise ray.num_cpus"
         )
     if settings.use_gpu and settings.num_workers > total.get("GPU", 0.0):
         raise ConfigError(
@@ -120,8 +120,8 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def _quiet_libraries() -> None:
+    import ray.data  # noqa: F401 - it sets its loggers up when it is imported, so what was set before does not last
 
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    warnings.filterwarnings("ignore", module=r"ray\b")  # advice to Ray's own developers

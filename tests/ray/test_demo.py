@@ -44,7 +44,8 @@ class Demo:
         self.run = output / "store" / "buckets" / "beats" / "run"
         self.log = output.with_suffix(".log")
         self._mark = uuid.uuid4().hex
-        self._command = [sys.executable, "-m", "beats_ray", "demo", "--data", str(data), "--output", str(output), *SMALL]
+        options = ["--data", str(data), "--output", str(output)]
+        self._command = [sys.executable, "-m", "beats_ray", "demo", *options, *SMALL]
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
