@@ -315,10 +315,10 @@ def _stop(_signal: int, _frame: object) -> NoReturn:
     raise SystemExit(143)  # `ray job stop` and `kill` unwind everything, as Ctrl-C does
 
 
-def run() -> NoReturn:
-    """The `beats-ray` script."""
+def run(arguments: list[str] | None = None) -> NoReturn:
+    """The `beats-ray` script, and those of `jobs/`."""
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(main())
+    sys.exit(main(arguments))
 
 
 for _name, _command in COMMANDS.items():

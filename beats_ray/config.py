@@ -134,7 +134,7 @@ class PredictorSettings(Section):
 
 
 class RandomProjectionSettings(Section):
-    num_codes: PositiveInt = 1024
+    num_codes: Annotated[int, Field(gt=0, le=32_768)] = 1024
     """Size of the frozen random codebook. Paper: 1024."""
     code_dim: PositiveInt = 256
     """Width of a code. Paper: 256."""
@@ -145,7 +145,7 @@ class RandomProjectionSettings(Section):
 
 
 class TokenizerSettings(Section):
-    num_codes: PositiveInt = 1024
+    num_codes: Annotated[int, Field(gt=0, le=32_768)] = 1024
     """Codes of the learned codebook. Paper: 1024."""
     code_dim: PositiveInt = 256
     """Width of a code. Paper: 256."""
@@ -369,7 +369,7 @@ class PretrainConfig(Job, PretrainSettings):
 class DistillConfig(Job, DistillSettings):
     data: StreamSettings = StreamSettings()
     teacher: str = ""
-    """Published encoder (or classifier) that is distilled."""
+    """Published encoder that is distilled."""
 
 
 class TokenizeConfig(Job):

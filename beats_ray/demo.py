@@ -75,15 +75,15 @@ def demo_settings(budget_minutes: float) -> dict[str, object]:
         return validate(TrainSettings, fields | changes)
 
     validations = 4
-    tuning = steps(120) // validations * validations
+    tuning = steps(72) // validations * validations
     return {
         "iterations": 2,
         "data": DemoData(clip_seconds=5.0, row_group_clips=40, shard_mib=8.0, shuffle_window_clips=512),
         "pretrain": PretrainSettings(
-            encoder=encoder, masking=MaskingSettings(max_targets=62), train=train(560, learning_rate=1e-3)
+            encoder=encoder, masking=MaskingSettings(max_targets=62), train=train(260, learning_rate=1e-3)
         ),
         "distill": DistillSettings(
-            encoder=encoder, tokenizer=TokenizerSettings(init_batches=8), train=train(120, learning_rate=5e-4)
+            encoder=encoder, tokenizer=TokenizerSettings(init_batches=8), train=train(50, learning_rate=5e-4)
         ),
         "finetune": FinetuneSettings(
             validate_every_steps=tuning // validations,
@@ -100,12 +100,12 @@ def demo_settings(budget_minutes: float) -> dict[str, object]:
         "sweep": SweepSettings(
             num_trials=4,
             space={
-                "train.learning_rate": SearchParameter(distribution="loguniform", low=2e-4, high=2e-3),
+                "train.learning_rate": SearchParameter(distribution="loguniform", low=5e-4, high=4e-3),
                 "train.layer_decay": SearchParameter(distribution="choice", values=(0.6, 0.8, 1.0)),
                 "augment.mixup": SearchParameter(distribution="choice", values=(0.0, 0.4)),
             },
         ),
-        "ray": RaySettings(object_store_mib=768),
+        "ray": RaySettings(address="local", object_store_mib=768),
     }
 
 
@@ -129,16 +129,17 @@ def run_demo(data: str | None, budget_minutes: float, output: str, overrides: li
     )
     if data:
         check_layout(open_place(data))
-    console.stage("raw clips")
-    raw = _raw_clips(data, folder)
+    raw = _raw_clips(data, folder, console)
     with _object_store(folder):
         from beats_ray.launch import ray_cluster
 
+        console.stage("start Ray and the object store")
         with ray_cluster(config.ray):
             written = _prepare_and_iterate(config, raw, console)
-    local = folder / "store" / "buckets" / BUCKET / "run"
-    _closing_words(local, raw, console)
-    return [(label, uri.replace(f"s3://{BUCKET}/", f"{folder / 'store' / BUCKET}/")) for label, uri in written]
+            _show_leaderboard(config, console)
+    buckets = f"{folder / 'store' / 'buckets'}/"
+    _closing_words(Path(config.output.replace("s3://", buckets, 1)), config.iterations, raw, console)
+    return [(label, uri.replace("s3://", buckets, 1)) for label, uri in written]
 
 
 def _data_values(budget_minutes: float) -> dict[str, object]:
@@ -147,20 +148,24 @@ def _data_values(budget_minutes: float) -> dict[str, object]:
     return settings.model_dump() | {"path": f"s3://{BUCKET}/data"}
 
 
-def _raw_clips(data: str | None, folder: Path) -> str:
-    """The folder of the raw clips; remote ones are copied first, since the demo's store takes the S3 settings over."""
+def _raw_clips(data: str | None, folder: Path, console: Console) -> Path:
+    """The local folder of the raw clips; a sample set is made, remote clips are copied, once for each output folder."""
     from beats_ray.data.sample import make_sample_set
 
     if data and not data.startswith("s3://"):
-        return str(Path(data).absolute())
-    raw = folder / "raw"
-    if not (raw / ".complete").exists():
+        return Path(data).absolute()
+    raw, origin = folder / "raw", folder / "raw-origin.txt"
+    wanted = data or "sample clips"
+    if origin.exists() and origin.read_text() != wanted:
+        raise UserError(f"--output={folder} holds clips of {origin.read_text()!r}, not of {wanted!r}; choose another")
+    if not origin.exists():
+        console.stage("copy the raw clips" if data else "make sample clips")
         if data:
             open_place(data).download(raw)
         else:
             make_sample_set(raw)
-        (raw / ".complete").touch()
-    return str(raw)
+        origin.write_text(wanted)
+    return raw
 
 
 @contextlib.contextmanager
@@ -178,15 +183,16 @@ def _object_store(folder: Path) -> Iterator[None]:
             os.environ.update(before)
 
 
-def _prepare_and_iterate(config: DemoConfig, raw: str, console: Console) -> Written:
+def _prepare_and_iterate(config: DemoConfig, raw: Path, console: Console) -> Written:
     from beats_ray.data.prepare import prepare
-    from beats_ray.iterate import run_iterate
+    from beats_ray.iterate import check_plan, run_iterate
 
+    check_plan(config)
     console.stage("prepare: raw clips to shards on the object store")
     settings = PrepareConfig(
         output=config.data.path,
         kind="esc50",
-        source=raw,
+        source=str(raw),
         ray=config.ray,
         data=_part(PrepareSettings, config.data),
     )
@@ -199,15 +205,16 @@ def _part(kind: type[SectionT], section: DemoData) -> SectionT:
     return kind(**{name: getattr(section, name) for name in kind.model_fields})
 
 
-def _closing_words(run: Path, raw: str, console: Console) -> None:
+def _show_leaderboard(config: DemoConfig, console: Console) -> None:
     from beats_ray.report import leaderboard_rows
 
-    columns, rows = leaderboard_rows(str(run))
+    columns, rows = leaderboard_rows(config.output)
     console.table("Leaderboard", columns, rows)
-    example = next(path for path in sorted(Path(raw, "audio").iterdir()) if path.is_file())
+
+
+def _closing_words(run: Path, iterations: int, raw: Path, console: Console) -> None:
+    example = next(path for path in sorted((raw / "audio").iterdir()) if path.is_file())
     console.note("Next:")
-    console.note(f"  beats-ray predict {run}/iteration-2/sweep/model {example}")
+    console.note(f"  beats-ray predict {run}/iteration-{iterations}/sweep/model {example}")
     console.note(f"  tensorboard --logdir {run}")
-    console.note(
-        "  beats-ray iterate jobs/iterate-tiny.yaml data.path=DATASET output=RUN     (after `beats-ray prepare`)"
-    )
+    console.note(f"  beats-ray prepare esc50 {raw} runs/data/esc10 && beats-ray iterate jobs/iterate-tiny.yaml")

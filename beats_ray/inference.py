@@ -34,6 +34,7 @@ CPUS_PER_READER = 0.5  # half of a reader's time is waiting for storage
 READERS_PER_CPU = 0.5  # a process that decodes keeps two CPU actors busy; each more costs seconds of start-up
 READERS_PER_GPU = 8
 MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
+TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
 KEPT_MODELS = 2  # downloaded models that stay on a node's disk
 
 

@@ -18,6 +18,7 @@ from beats_ray import __version__
 from beats_ray.config import (
     DistillConfig,
     EvaluateConfig,
+    FinetuneConfig,
     IterateConfig,
     PretrainConfig,
     SweepConfig,
@@ -29,7 +30,7 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.stage import first_difference, is_complete, run_stage
-from beats_ray.train.jobs import Written, run_identity
+from beats_ray.train.jobs import Written, check_folds, run_identity
 
 
 def run_iterate(config: IterateConfig, console: Console) -> Written:
@@ -38,9 +39,23 @@ def run_iterate(config: IterateConfig, console: Console) -> Written:
 
     run = open_place(config.output)
     manifest = read_manifest(open_place(config.data.path))
+    check_plan(config)
+    if manifest.label_names:
+        check_folds(FinetuneConfig(output=config.output, data=config.data, **_fields(config.finetune)), manifest)
     open_run(run, config)
     _Iterations(config, run, console, labelled=bool(manifest.label_names)).go()
     return [("encoder", (run / f"iteration-{config.iterations}" / "pretrain" / "model").uri), *write_report(run.uri)]
+
+
+def check_plan(config: IterateConfig) -> None:
+    """Everything about all stages that can be known before the first: ConfigError for what could not run."""
+    from beats_ray.launch import check_fits
+    from beats_ray.tune.sweep import check_sweep
+
+    check_fits(config.pretrain.train, config.data)
+    if config.iterations > 1:
+        check_fits(config.distill.train, config.data)
+    check_sweep(config.finetune, config.sweep)
 
 
 def open_run(run: Place, config: IterateConfig) -> None:

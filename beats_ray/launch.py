@@ -46,7 +46,12 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
     joins = settings.address not in ("auto", "local") or (settings.address == "auto" and "RAY_ADDRESS" in os.environ)
     if joins:
         address = os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"ray.address={address}: no cluster answers there; check RAY_ADDRESS, or set ray.address=local"
+            ) from error
         try:
             _quiet_libraries()
             yield

@@ -19,11 +19,10 @@ from beats_ray.config import TokenizeConfig, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_fingerprint
 from beats_ray.data.storage import Place, open_place, read_table
-from beats_ray.inference import check_published, map_clips, row_group_spans
+from beats_ray.inference import TOKENIZER_KINDS, check_published, map_clips, row_group_spans
 
 RESULT_FILE = "labels.json"
 SOURCE_FILE = "source.json"  # written first: what an unfinished OUTPUT belongs to
-TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
 
 
 def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, str]]:

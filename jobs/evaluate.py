@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/evaluate.py output=... data.path=.
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    run(["evaluate", *sys.argv[1:]])

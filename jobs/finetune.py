@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/finetune.py jobs/finetune-esc50.ya
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["finetune", *sys.argv[1:]]))
+    run(["finetune", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/iterate.py jobs/iterate-tiny.yaml
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["iterate", *sys.argv[1:]]))
+    run(["iterate", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/predict.py MODEL FILE...
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["predict", *sys.argv[1:]]))
+    run(["predict", *sys.argv[1:]])

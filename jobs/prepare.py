@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/prepare.py jobs/prepare-esc50.yaml
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["prepare", *sys.argv[1:]]))
+    run(["prepare", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/pretrain.py jobs/pretrain-base.yam
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    run(["pretrain", *sys.argv[1:]])

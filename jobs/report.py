@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/report.py RUN
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["report", *sys.argv[1:]]))
+    run(["report", *sys.argv[1:]])

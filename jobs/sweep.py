@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/sweep.py jobs/sweep-esc50.yaml
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["sweep", *sys.argv[1:]]))
+    run(["sweep", *sys.argv[1:]])

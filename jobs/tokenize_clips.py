@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/tokenize_clips.py output=... data.
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["tokenize", *sys.argv[1:]]))
+    run(["tokenize", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/train_tokenizer.py jobs/tokenizer-
 
 import sys
 
-from beats_ray.cli import main
+from beats_ray.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train-tokenizer", *sys.argv[1:]]))
+    run(["train-tokenizer", *sys.argv[1:]])

@@ -179,9 +179,13 @@ def read_run(place: Place) -> Run:
     if not info and not found:
         raise UserError(f"{place.uri}: not a run (no run.json and no iteration-K folder); give the OUTPUT of `iterate`")
     dataset_place = open_place(info["data"]) if isinstance(info.get("data"), str) and info["data"] else place / "data"
-    dataset = _dict(_read(dataset_place / "dataset.json", _json, problems))
+    try:
+        dataset = _dict(_read(dataset_place / "dataset.json", _json, problems))
+        quarantine = _read(dataset_place / "quarantine.parquet", _rows, problems) or []
+    except StorageError as error:  # a copied run may be far from its data
+        problems.append(str(error))
+        dataset, quarantine = {}, []
     dataset.pop("shards", None)
-    quarantine = _read(dataset_place / "quarantine.parquet", _rows, problems) or []
     baselines = {
         k: v for k, v in _dict(_read(place / "baselines.json", _json, problems)).items() if isinstance(v, dict)
     }

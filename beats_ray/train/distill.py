@@ -51,8 +51,9 @@ class DistillTask:
         self._settings = settings
         self._teacher = teacher.eval().requires_grad_(False)
         chosen = settings.tokenizer
+        normalisation = {"fbank_mean": teacher.config.fbank_mean, "fbank_std": teacher.config.fbank_std}
         self._config = TokenizerConfig(
-            encoder=settings.encoder.resolve(),
+            encoder=settings.encoder.resolve().model_copy(update=normalisation),  # it sees what the teacher sees
             quantizer=QuantizerConfig(
                 num_codes=chosen.num_codes,
                 code_dim=chosen.code_dim,
@@ -63,10 +64,13 @@ class DistillTask:
             ),
         )
         distillation = DistillationConfig(teacher_dim=teacher.config.width, commitment_weight=chosen.commitment_weight)
-        self.module = DistillModule(DistillationModel(SelfDistilledTokenizer(self._config), distillation))
+        tokenizer = SelfDistilledTokenizer(self._config)
+        tokenizer.encoder.use(checkpoint_layers=settings.train.activation_checkpointing)
+        self.module = DistillModule(DistillationModel(tokenizer, distillation))
 
     def depths(self) -> Mapping[str, int]:
-        return {}
+        depths = self.module.model.tokenizer.encoder.parameter_depths()
+        return {f"model.tokenizer.encoder.{name}": depth for name, depth in depths.items()}
 
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:

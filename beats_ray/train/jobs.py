@@ -20,7 +20,8 @@ from beats_ray.config import (
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 
@@ -57,7 +58,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Written:
     """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
     if not config.tokenizer:
         raise ConfigError("tokenizer is empty; give the folder of a published tokenizer (see `beats-ray iterate`)")
-    _require_model(config.tokenizer, "tokenizer")
+    check_published(open_place(config.tokenizer), "tokenizer", TOKENIZER_KINDS)
     return _train(Run("pretrain", config, _manifest(config.data), open_place(config.output)), console)
 
 
@@ -65,7 +66,10 @@ def run_distill(config: DistillConfig, console: Console) -> Written:
     """Distils a teacher encoder into a tokenizer; writes `output/model`."""
     if not config.teacher:
         raise ConfigError("teacher is empty; give the folder of a published encoder")
-    _require_model(config.teacher, "teacher")
+    published = check_published(open_place(config.teacher), "teacher", ("encoder",))
+    depth = published["config"]["encoder"]["num_layers"]
+    if (config.tokenizer.teacher_layer or 0) > depth:
+        raise ConfigError(f"tokenizer.teacher_layer={config.tokenizer.teacher_layer}: the teacher has {depth} layers")
     return _train(Run("distill", config, _manifest(config.data), open_place(config.output)), console)
 
 
@@ -73,7 +77,7 @@ def run_finetune(config: FinetuneConfig, console: Console) -> Written:
     """Fine-tunes an encoder on the folds that are neither test nor validation; writes `output/model`."""
     if not config.encoder:
         raise ConfigError("encoder is empty; give the folder of a published encoder")
-    _require_model(config.encoder, "encoder")
+    check_published(open_place(config.encoder), "encoder", ("encoder",))
     manifest = _manifest(config.data)
     check_folds(config, manifest)
     return _train(
@@ -113,11 +117,6 @@ def _manifest(data: StreamSettings) -> DatasetManifest:
     if not data.path:
         raise ConfigError("data.path is empty; give the folder that `beats-ray prepare` wrote")
     return read_manifest(open_place(data.path))
-
-
-def _require_model(uri: str, field_name: str) -> None:
-    if not (open_place(uri) / "config.json").exists():
-        raise UserError(f"{field_name}={uri}: no published model there (config.json is missing)")
 
 
 def _train(run: Run, console: Console) -> Written:
@@ -172,7 +171,11 @@ def _fit(run: Run) -> None:
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
+    failure = run.output / "failure.json"
+    failure.delete()
     trainer.fit()
+    if failure.exists():
+        raise UserError(failure.read_json()["error"])
 
 
 def _stream_from_last_checkpoint(run: Run) -> Any:
@@ -197,9 +200,17 @@ def _stream_from_last_checkpoint(run: Run) -> Any:
 
 def train_worker(payload: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
+    import ray.train
+
     from beats_ray.train.worker import train
 
-    train(payload["run"])
+    run: Run = payload["run"]
+    try:
+        train(run)
+    except UserError as error:
+        # Another attempt would end alike, so Ray Train must not make one: the driver finds this and stops.
+        if ray.train.get_context().get_world_rank() == 0:
+            (run.output / "failure.json").write_json({"error": str(error)})
 
 
 class watch:
@@ -227,7 +238,7 @@ class watch:
     def _show(self) -> None:
         try:
             record = (self._run.output / "progress.json").read_json()
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageError):  # the next look will tell; a run must not fail for its display
             return
         if record["step"] == self._shown_step:
             return

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from beats_ray.config import TrainSettings
+from beats_ray.config import TrainSettings, UserError
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import Place
 from beats_ray.train.checkpoint import ResumeCheckpoints
@@ -32,8 +32,8 @@ from beats_ray.train.optimizer import learning_rate
 HeldOut = Literal["validation", "test"]
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+class TrainingDiverged(UserError):
+    """The loss is no longer a number; the settings must change."""
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,17 @@ class MetricMeans:
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def reduce(self, context: WorkerContext) -> dict[str, float]:
-        """Means over everything added since the last call, on every worker. All ranks must hold the same names."""
-        names = sorted(self._totals)
+        """Means over everything added since the last call, the same on every worker; all must call it."""
+        shapes: dict[str, int] = {}
+        for held in context.gather({name: total.numel() for name, total in self._totals.items()}):
+            shapes |= held  # a worker without any batch of its own still takes part in the sums
+        names = sorted(shapes)
         if not names:
             return {}
-        sizes = [self._totals[name].numel() for name in names]
+        for name, size in shapes.items():
+            if name not in self._totals:
+                self._totals[name] = torch.zeros(size, dtype=torch.double, device=context.device)
+        sizes = [shapes[name] for name in names]
         flat = context.all_reduce(torch.cat([self._totals[name] for name in names])).cpu()
         self._totals.clear()
         means: dict[str, float] = {}

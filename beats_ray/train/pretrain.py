@@ -78,7 +78,8 @@ class PretrainTask:
         self._tokenizer = tokenizer.eval() if tokenizer is not None else None
 
     def depths(self) -> Mapping[str, int]:
-        return {}
+        depths = self.module.predictor.encoder.parameter_depths()
+        return {f"predictor.encoder.{name}": depth for name, depth in depths.items()}
 
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:

@@ -8,11 +8,20 @@ nothing.
 
 from typing import Any
 
-from beats_ray.config import ConfigError, FinetuneConfig, SweepConfig, UserError, replace
+from beats_ray.config import (
+    ConfigError,
+    FinetuneConfig,
+    FinetuneSettings,
+    SweepConfig,
+    SweepSettings,
+    TrainSettings,
+    replace,
+)
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
-from beats_ray.stage import run_stage
+from beats_ray.inference import check_published
+from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.jobs import Run, Written, check_folds, load_cache, run_identity
 from beats_ray.tune.space import check_space, tune_domains
 
@@ -23,7 +32,10 @@ def run_sweep(config: SweepConfig, console: Console) -> Written:
     """Runs (or resumes) the sweep; writes `output/leaderboard.json` and the best model to `output/model`."""
     output = open_place(config.output)
     manifest = read_manifest(open_place(config.data.path))
-    _check(config, manifest)
+    if not is_complete(output):
+        check_published(open_place(config.encoder), "encoder", ("encoder",))
+        check_sweep(config.finetune, config.sweep)
+        check_folds(trial_config(config, "check", {}), manifest)
     run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output))
     board = (output / "leaderboard.json").read_json()
     best, stopped = board["best"], sum(row["stopped_early"] for row in board["trials"])
@@ -34,16 +46,25 @@ def run_sweep(config: SweepConfig, console: Console) -> Written:
     return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
 
 
-def _check(config: SweepConfig, manifest: DatasetManifest) -> None:
-    if not config.encoder or not (open_place(config.encoder) / "config.json").exists():
-        raise UserError(f"encoder={config.encoder!r}: no published model there (config.json is missing)")
-    if config.finetune.train.num_workers != 1:
+def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
+    """ConfigError for a space that does not fit the settings, and for trials that the cluster can never run."""
+    import ray
+
+    if finetune.train.num_workers != 1:
         raise ConfigError(
-            f"finetune.train.num_workers={config.finetune.train.num_workers}: a trial has one worker; use 1 and "
-            "raise sweep.max_concurrent_trials"
+            f"finetune.train.num_workers={finetune.train.num_workers}: a trial has one worker; use 1 and raise "
+            "sweep.max_concurrent_trials"
         )
-    check_space(config.sweep.space, config.finetune)
-    check_folds(trial_config(config, "check", {}), manifest)
+    if finetune.folds.validation_fold == -1:
+        raise ConfigError("finetune.folds.validation_fold=-1: trials are compared on a validation fold; name one")
+    check_space(sweep.space, finetune)
+    total = ray.cluster_resources()
+    for name, needed in _trial_resources(finetune.train).items():
+        if needed > total.get(name, 0.0):
+            raise ConfigError(
+                f"a trial needs {needed:g} {name} (finetune.train.cpus_per_worker, use_gpu); the cluster has "
+                f"{total.get(name, 0.0):g}; lower it or use a larger cluster"
+            )
 
 
 def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any]) -> FinetuneConfig:
@@ -63,7 +84,8 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> Non
 
     cache = load_cache(config.data, manifest)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=config, manifest=manifest, cache=cache), _trial_resources(config)
+        tune.with_parameters(run_trial, config=config, manifest=manifest, cache=cache),
+        _trial_resources(config.finetune.train),
     )
     folder = output / "tune"
     path = f"{folder.path}/trials"
@@ -124,8 +146,7 @@ def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
     )
 
 
-def _trial_resources(config: SweepConfig) -> dict[str, float]:
-    train = config.finetune.train
+def _trial_resources(train: TrainSettings) -> dict[str, float]:
     return {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if train.use_gpu else {})
 
 
