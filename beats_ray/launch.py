@@ -127,6 +127,7 @@ def _end(processes: list[psutil.Process]) -> None:
 def _quiet_libraries() -> None:
     import ray.data  # noqa: F401 - it sets its loggers up when it is imported, so what was set before does not last
 
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it announces that there is no bar
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"ray\b")  # advice to Ray's own developers

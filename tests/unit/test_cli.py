@@ -211,7 +211,7 @@ def test_a_job_gets_its_settings_and_its_results_are_printed_last(
 
 def test_every_command_but_the_demo_has_an_entry_script() -> None:
     commands = set(group.commands) - {"demo"}
-    scripts = {path: re.search(r'main\(\["([a-z-]+)"', path.read_text()) for path in (ROOT / "jobs").glob("*.py")}
+    scripts = {path: re.search(r'run\(\["([a-z-]+)"', path.read_text()) for path in (ROOT / "jobs").glob("*.py")}
     assert {match.group(1) for match in scripts.values() if match} == commands
     assert not {path.stem for path in scripts} & sys.stdlib_module_names  # the script's folder comes first on sys.path
 

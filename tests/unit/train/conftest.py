@@ -92,3 +92,8 @@ class Pretraining:
 @pytest.fixture
 def pretraining() -> Pretraining:
     return Pretraining()
+
+
+@pytest.fixture
+def synthetic_batches() -> type[SyntheticBatches]:
+    return SyntheticBatches
