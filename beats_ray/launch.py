@@ -31,6 +31,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_usage_stats_enabled": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; the trials' own checkpoints are what resumes
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 

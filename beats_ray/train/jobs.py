@@ -4,6 +4,7 @@
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,9 +174,31 @@ def _fit(run: Run) -> None:
     )
     failure = run.output / "failure.json"
     failure.delete()
-    trainer.fit()
+    _in_thread(trainer.fit)
     if failure.exists():
         raise UserError(failure.read_json()["error"])
+
+
+def _in_thread(work: Callable[[], object]) -> None:
+    """Runs `work` beside the main thread, which waits and can be interrupted.
+
+    In the main thread Ray Train takes Ctrl-C over, for good: it ends the process with a status of its own, leaves out
+    what the command has to stop, and goes on doing so after the run.
+    """
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # it is raised again, below
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failures:
+        raise failures[0]
 
 
 def _stream_from_last_checkpoint(run: Run) -> Any:
