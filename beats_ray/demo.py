@@ -75,15 +75,15 @@ def demo_settings(budget_minutes: float) -> dict[str, object]:
         return validate(TrainSettings, fields | changes)
 
     validations = 4
-    tuning = steps(72) // validations * validations
+    tuning = steps(60) // validations * validations
     return {
         "iterations": 2,
         "data": DemoData(clip_seconds=5.0, row_group_clips=40, shard_mib=8.0, shuffle_window_clips=512),
         "pretrain": PretrainSettings(
-            encoder=encoder, masking=MaskingSettings(max_targets=62), train=train(320, learning_rate=1e-3)
+            encoder=encoder, masking=MaskingSettings(max_targets=62), train=train(200, learning_rate=1e-3)
         ),
         "distill": DistillSettings(
-            encoder=encoder, tokenizer=TokenizerSettings(init_batches=8), train=train(40, learning_rate=5e-4)
+            encoder=encoder, tokenizer=TokenizerSettings(init_batches=8), train=train(30, learning_rate=5e-4)
         ),
         "finetune": FinetuneSettings(
             validate_every_steps=tuning // validations,
