@@ -1,14 +1,13 @@
 """What runs inside a training process: the run's task, its batches, and the loop."""
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from beats_ray.data.batches import MicroBatch
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import open_place
+from beats_ray.inference import load_published
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.jobs import Run, training_folds
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
@@ -40,25 +39,17 @@ def build_task(run: Run) -> Task:
     if run.kind == "pretrain":
         from beats_ray.train.pretrain import PretrainTask, num_codes_of
 
-        tokenizer = load_published(open_place(config.tokenizer))
+        tokenizer: Any = load_published(open_place(config.tokenizer))
         return PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
     if run.kind == "distill":
         from beats_ray.train.distill import DistillTask
 
-        return DistillTask(config, load_published(open_place(config.teacher)))
+        teacher: Any = load_published(open_place(config.teacher))
+        return DistillTask(config, teacher)
     from beats_ray.train.finetune import FinetuneTask
 
-    return FinetuneTask(config, load_published(open_place(config.encoder)), run.manifest)
-
-
-def load_published(place: Place) -> Any:
-    """A published model, from a local folder or from object storage."""
-    from beats_ray.models import load_model
-
-    if not place.is_remote:
-        return load_model(place.path)
-    with tempfile.TemporaryDirectory(prefix="beats-ray-model-") as scratch:
-        return load_model(place.download(Path(scratch)))
+    encoder: Any = load_published(open_place(config.encoder))
+    return FinetuneTask(config, encoder, run.manifest)
 
 
 class StreamedBatches:
