@@ -89,7 +89,7 @@ class _Group(click.Group):
     """Commands in the order of a project's life, and the nearest name for a mistyped one."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return ["demo", "prepare", *COMMANDS, "predict", "report"]
+        return ["demo", "prepare", *COMMANDS, "predict", "embed", "import", "export", "report", "bench"]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -113,6 +113,18 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
+
+
+def _describe_fields(kind: type[config.Section], prefix: str = "") -> str:
+    lines = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, config.Section):
+            lines.append(_describe_fields(type(field.default), f"{prefix}{name}."))
+        else:
+            default = "" if field.is_required() else f" [{field.default}]" if field.default not in ("", {}, ()) else ""
+            text = (field.description or "").replace("\n", " ").split(". ")[0].split(";")[0].rstrip(".")
+            lines.append(f"  {prefix}{name}{default if len(default) < 30 else ''}  {text}")
+    return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
 
 
 def _add(name: str, command: Command) -> None:
@@ -174,6 +186,42 @@ def prepare(arguments: tuple[str, ...]) -> None:
     _run_on_cluster(settings, job)
 
 
+@cli.command(epilog=_describe_fields(config.EmbedConfig))
+@click.argument("arguments", metavar="MODEL SRC DST [section.field=value ...]", nargs=-1)
+def embed(arguments: tuple[str, ...]) -> None:
+    """Write the embeddings of a prepared data set as Parquet."""
+    paths, overrides = split_arguments(arguments)
+    if len(paths) == 3:
+        model, source, output = paths
+        values: dict[str, Any] = {"model": model, "output": output, "data": {"path": source}}
+        settings = load_config(config.EmbedConfig, None, overrides, **values)
+    elif len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        settings = load_config(config.EmbedConfig, paths[0], overrides)
+    else:
+        raise UserError(f"embed takes MODEL SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
+    for need in ("data.path", "model"):
+        _check_place(settings, need)
+    _run_on_cluster(settings, lambda console: _load("embed:run_embed")(settings, console))
+
+
+@cli.command("import")
+@click.argument("source", metavar="FILE")
+@click.argument("target", metavar="DST")
+def import_model(source: str, target: str) -> None:
+    """Turn a released or ESPnet checkpoint into a model folder."""
+    console = Console()
+    console.written(_load("convert:run_import")(source, target, console))
+
+
+@cli.command("export", epilog="The ending of DST names the format: .pt (released BEATs), .onnx, .pt2 (torch.export).")
+@click.argument("source", metavar="MODEL")
+@click.argument("target", metavar="DST")
+def export_model(source: str, target: str) -> None:
+    """Write a model for other programs: released format, ONNX, torch.export."""
+    console = Console()
+    console.written(_load("convert:run_export")(source, target, console))
+
+
 @cli.command()
 @click.argument("model")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
@@ -184,6 +232,20 @@ def predict(model: str, files: tuple[str, ...], top_k: int, as_json: bool) -> No
     for name, path in [("model", model), *(("file", file) for file in files)]:
         _require_exists(name, path)
     _load("predict:run_predict")(model, list(files), top_k, as_json)
+
+
+@cli.command(epilog=_describe_fields(config.BenchConfig))
+@click.argument("name", type=click.Choice(["fbank", "encoder", "pretrain"]))
+@click.argument("overrides", metavar="[field=value ...]", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Measure speed and memory beside what one would use instead."""
+    settings = load_config(config.BenchConfig, None, list(overrides), name=name)
+    console = Console()
+    try:
+        _load("bench.run:run_bench")(settings, console, as_json)
+    finally:
+        console.close()
 
 
 @cli.command()
@@ -203,18 +265,6 @@ def split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def to_yaml(settings: config.Section) -> str:
     """The complete settings, in a form that `load_config` reads back to the same."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _describe_fields(kind: type[config.Section], prefix: str = "") -> str:
-    lines = []
-    for name, field in kind.model_fields.items():
-        if isinstance(field.default, config.Section):
-            lines.append(_describe_fields(type(field.default), f"{prefix}{name}."))
-        else:
-            default = "" if field.is_required() else f" [{field.default}]" if field.default not in ("", {}, ()) else ""
-            text = (field.description or "").replace("\n", " ").split(". ")[0].split(";")[0].rstrip(".")
-            lines.append(f"  {prefix}{name}{default if len(default) < 30 else ''}  {text}")
-    return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
 
 
 def _load(entry: str) -> Callable[..., Any]:

@@ -411,6 +411,49 @@ class EvaluateConfig(Job):
     """One GPU for each actor."""
 
 
+class EmbedConfig(Job):
+    data: StreamSettings = StreamSettings()
+    model: str = ""
+    """Published encoder or classifier, or a released `.pt` file; of a classifier its encoder is used."""
+    pooling: Literal["mean", "none"] = "mean"
+    """One vector for each clip, the mean over its patches, or one for each patch."""
+    layer: NonNegativeInt | None = None
+    """Layer after which to stop, 0 for the input of the first; the last where not set."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the written values."""
+    batch_clips: PositiveInt = 16
+    """Clips in one forward pass."""
+    num_workers: PositiveInt = 2
+    """Actors that compute embeddings."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+
+class BenchConfig(Section):
+    name: Literal["fbank", "encoder", "pretrain"]
+    """What is measured."""
+    preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
+    """Size of the encoder."""
+    clips: PositiveInt = 4
+    """Clips of a step."""
+    seconds: PositiveFloat = 10.0
+    """Length of a clip."""
+    repetitions: PositiveInt = 3
+    """Measured steps of each case in each round."""
+    warmup: NonNegativeInt = 1
+    """Steps before them that do not count."""
+    rounds: PositiveInt = 2
+    """How often the cases take turns, each time in a new process."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs under autocast, with weights and gradients in fp32."""
+    threads: PositiveInt = 2
+    """Threads of PyTorch on the CPU."""
+    seed: int = 0
+    """Seed of weights, clips and masks."""
+
+
 class IterateConfig(Job):
     iterations: PositiveInt = 3
     """BEATs iterations. Paper: 3."""

@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from beats_ray.config import UserError
-from beats_ray.data.manifest import DatasetManifest
+from beats_ray.console import Console
+from beats_ray.data.manifest import DatasetManifest, Shard
 from beats_ray.data.storage import Place, storage_errors
 
 if TYPE_CHECKING:  # reading tasks import this module too: without PyTorch they start in a second
@@ -34,6 +35,7 @@ CPUS_PER_READER = 0.5  # half of a reader's time is waiting for storage
 READERS_PER_CPU = 0.5  # a process that decodes keeps two CPU actors busy; each more costs seconds of start-up
 READERS_PER_GPU = 8
 MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
+RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt")  # as in `beats_ray.models.checkpoints`, which imports PyTorch
 TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
 KEPT_MODELS = 2  # downloaded models that stay on a node's disk
 
@@ -135,6 +137,52 @@ def map_clips(
             yield batch
 
 
+def missing_shards(manifest: DatasetManifest, output: Place) -> list[int]:
+    """Shards of the data set that have no file of results below `output` yet."""
+    present = {place.name for place in (output / "shards").list()}
+    return [index for index, shard in enumerate(manifest.shards) if shard.file not in present]
+
+
+def map_shards(
+    dataset: Place,
+    manifest: DatasetManifest,
+    worker_class: Callable[..., ClipWorker],
+    shards: list[int],
+    *,
+    console: Console,
+    **pool: Any,
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yields (index, rows in their order) of each of the shards as soon as it is whole; `pool` goes to `map_clips`."""
+    import pyarrow.compute as pc
+
+    clips = [sum(group.clips for group in shard.row_groups) for shard in manifest.shards]
+    waiting: dict[int, list[pa.Table]] = {index: [] for index in shards}
+    done = manifest.clips - sum(clips[index] for index in shards)
+    console.progress(done, manifest.clips)
+    spans = row_group_spans(manifest, shards=shards)
+    for table in map_clips(dataset, manifest, worker_class, row_groups=spans, **pool):
+        done += table.num_rows
+        for index in sorted(set(table["shard"].to_pylist())):
+            waiting[index].append(table.filter(pc.equal(table["shard"], index)))
+            if sum(part.num_rows for part in waiting[index]) == clips[index]:
+                yield index, pa.concat_tables(waiting.pop(index)).sort_by("row")
+        console.progress(done, manifest.clips)
+    assert not waiting, f"shards without all their rows: {sorted(waiting)}"
+
+
+def write_shard(output: Place, shard: Shard, rows: pa.Table) -> None:
+    """Writes the results of one shard under its name, in row groups of the same clips."""
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    first = 0
+    with pq.ParquetWriter(buffer, rows.schema, compression="zstd") as writer:
+        for group in shard.row_groups:  # written one by one: their sizes differ where a fold ends
+            writer.write_table(rows.slice(first, group.clips), row_group_size=group.clips)
+            first += group.clips
+    (output / "shards" / shard.file).write_bytes(buffer.getvalue().to_pybytes())
+
+
 def _check_cluster(num_workers: int, use_gpu: bool) -> None:
     import ray
 
@@ -221,11 +269,23 @@ def _column(values: Any) -> pa.Array:
 
 
 def load_published(model: Place) -> "torch.nn.Module":
-    """A published model in eval mode. A remote one is downloaded once per node, however many processes ask for it."""
+    """A published model folder, or a released `.pt` file, in eval mode.
+
+    A remote one is downloaded once per node, however many processes ask for it. UserError where it cannot be loaded.
+    """
+    try:
+        return _load_local(model.path) if not model.is_remote else _load_remote(model)
+    except ValueError as error:
+        raise UserError(f"model={model.uri}: {error}") from None
+
+
+def _load_local(path: str) -> "torch.nn.Module":
     from beats_ray.models import load_model
 
-    if not model.is_remote:
-        return load_model(model.path)
+    return load_model(path)
+
+
+def _load_remote(model: Place) -> "torch.nn.Module":
     cache = Path(tempfile.gettempdir()) / f"beats_ray_models_{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     folder = cache / hashlib.sha256(f"{model.uri} {_state_of(model)}".encode()).hexdigest()[:24]
@@ -233,33 +293,63 @@ def load_published(model: Place) -> "torch.nn.Module":
         fcntl.flock(lock, fcntl.LOCK_EX)  # held while loading too, so that no other process prunes what is being read
         if not folder.exists():
             partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
-            model.download(partial)
+            for place in _files_of(model):
+                place.download(partial / place.name)
             partial.rename(folder)
         os.utime(folder)
-        module = load_model(str(folder))
+        module = _load_local(str(folder / model.name))
         stored = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
         for old in stored[KEPT_MODELS:]:
             shutil.rmtree(old)
     return module
 
 
+def _files_of(model: Place) -> list[Place]:
+    """What to fetch: the model's folder, or a released file with the settings that ESPnet keeps beside it."""
+    if not is_released_file(model):
+        return [model]
+    beside = model.parent / "config.yaml"
+    return [model, beside] if beside.exists() else [model]
+
+
 def _state_of(model: Place) -> list[tuple[str, int, int]]:
     """Changes whenever a file of the published model was written again."""
-    infos = model.filesystem.get_file_info(pa.fs.FileSelector(model.path, recursive=True, allow_not_found=True))
+    what: Any = [model.path]
+    if not is_released_file(model):
+        what = pa.fs.FileSelector(model.path, recursive=True, allow_not_found=True)
+    infos = model.filesystem.get_file_info(what)
     return sorted((info.path, info.size or 0, info.mtime_ns or 0) for info in infos)
 
 
+def is_released_file(model: Place) -> bool:
+    """Whether a model is a single file of another project's format rather than a folder of ours."""
+    return model.name.endswith(RELEASED_SUFFIXES)
+
+
 def check_published(model: Place, field: str, kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The `config.json` of a published model of one of these kinds; UserError naming the config field otherwise."""
+    """What the `config.json` of a published model says, of one of these kinds; a released file is described alike.
+
+    UserError naming the config field for another kind, and where there is no model that can be read.
+    """
+    if is_released_file(model):
+        from beats_ray.models import describe_model
+
+        config = describe_model(load_published(model))
+    else:
+        config = _read_description(model, field)
+    if config.get("kind") not in kinds:
+        kind = config.get("kind")
+        raise UserError(f"{field}={model.uri}: holds kind={kind!r}; give a model of kind {' or '.join(kinds)}")
+    return config
+
+
+def _read_description(model: Place, field: str) -> dict[str, Any]:
     try:
         config = (model / "config.json").read_json()
     except FileNotFoundError:
         raise UserError(
-            f"{field}={model.uri}: no published model there (no config.json); give a `model` folder"
+            f"{field}={model.uri}: no published model there (no config.json); give a `model` folder or a released .pt"
         ) from None
     except ValueError as error:
         raise UserError(f"{field}={model.uri}: config.json is not valid JSON: {error}") from None
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in kinds:
-        raise UserError(f"{field}={model.uri}: holds kind={kind!r}; give a model of kind {' or '.join(kinds)}")
-    return dict(config)
+    return dict(config) if isinstance(config, dict) else {}

@@ -28,14 +28,13 @@ def run_predict(model: str, files: list[str], top_k: int = 3, as_json: bool = Fa
     UserError for a model that is no classifier, and for a file that is missing or holds no readable audio.
     """
     place = open_place(model)
-    config = check_published(place, "model", ("classifier",))
+    check_published(place, "model", ("classifier",))
     module = load_published(place)
     assert isinstance(module, AudioClassifier)
-    multi_label = bool(config.get("extra", {}).get("multi_label", False))
     console = Console()
     for file in files:
         wave_S = read_audio(open_place(file))
-        probability_C = predict_wave(module, wave_S, multi_label)
+        probability_C = predict_wave(module, wave_S)
         best = probability_C.topk(min(top_k, len(probability_C)))
         names = module.class_names or [str(index) for index in range(len(probability_C))]
         found = [
@@ -58,7 +57,7 @@ def read_audio(place: Place) -> np.ndarray:
         raise UserError(f"file={place.uri}: {error}; give a whole WAV, FLAC, Ogg or MP3 file") from None
 
 
-def predict_wave(model: AudioClassifier, wave_S: np.ndarray, multi_label: bool = False) -> torch.Tensor:
+def predict_wave(model: AudioClassifier, wave_S: np.ndarray) -> torch.Tensor:
     """Class probabilities of one recording of any length: the mean over its windows."""
     pieces = split_windows(wave_S)
     config = model.encoder.config
@@ -71,8 +70,7 @@ def predict_wave(model: AudioClassifier, wave_S: np.ndarray, multi_label: bool =
                 row[: len(piece)] = torch.from_numpy(piece)
             fbank_BTF, num_frames_B = compute_fbank(wave_BS, torch.tensor([len(piece) for piece in batch]))
             fbank_BTF = normalise_fbank(fbank_BTF, config.fbank_mean, config.fbank_std, num_frames_B)
-            logits_BC = model(fbank_BTF, num_frames_B).float()
-            probabilities.append(logits_BC.sigmoid() if multi_label else logits_BC.softmax(-1))
+            probabilities.append(model.probabilities(model(fbank_BTF, num_frames_B)))
     return torch.cat(probabilities).mean(0)
 
 

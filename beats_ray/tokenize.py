@@ -12,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from beats_ray.config import TokenizeConfig, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_fingerprint
 from beats_ray.data.storage import Place, open_place, read_table
-from beats_ray.inference import TOKENIZER_KINDS, check_published, map_clips, row_group_spans
+from beats_ray.inference import (
+    TOKENIZER_KINDS,
+    check_published,
+    is_released_file,
+    map_shards,
+    missing_shards,
+    write_shard,
+)
 
 RESULT_FILE = "labels.json"
 SOURCE_FILE = "source.json"  # written first: what an unfinished OUTPUT belongs to
@@ -66,7 +71,7 @@ def code_usage(counts: np.ndarray) -> dict[str, float]:
 def model_sha256(model: Place) -> str:
     """Changes with any byte of a published model."""
     digest = hashlib.sha256()
-    for place in model.list(recursive=True):
+    for place in [model] if is_released_file(model) else model.list(recursive=True):
         if not place.is_dir():
             digest.update(place.path[len(model.path) :].encode() + b"\0" + place.read_bytes())
     return digest.hexdigest()
@@ -93,56 +98,24 @@ def _label_shards(
 ) -> np.ndarray:
     """Writes every missing label shard as soon as it is whole; returns how often each code occurs in all of them."""
     counts = np.zeros(num_codes, np.int64)
-    present = {place.name for place in (output / "shards").list()}
-    missing = []
-    for index, shard in enumerate(manifest.shards):
-        if shard.file in present:
-            counts += _count(read_table(output / "shards" / shard.file, ["labels"])["labels"], num_codes)
-        else:
-            missing.append(index)
-    done = manifest.clips - sum(_clips(manifest, index) for index in missing)
-    console.progress(done, manifest.clips)
-    waiting: dict[int, list[pa.Table]] = {index: [] for index in missing}
-    tables = map_clips(
+    missing = missing_shards(manifest, output)
+    for index in set(range(len(manifest.shards))) - set(missing):
+        counts += _count(read_table(output / "shards" / manifest.shards[index].file, ["labels"])["labels"], num_codes)
+    for index, rows in map_shards(
         open_place(config.data.path),
         manifest,
         PatchLabels,
+        missing,
+        console=console,
         model=open_place(config.tokenizer),
-        row_groups=row_group_spans(manifest, shards=missing),
         batch_clips=config.batch_clips,
         num_workers=config.num_workers,
         use_gpu=config.use_gpu,
-    )
-    for table in tables:
-        done += table.num_rows
-        for index in sorted(set(table["shard"].to_pylist())):
-            waiting[index].append(table.filter(pc.equal(table["shard"], index)))
-            if sum(part.num_rows for part in waiting[index]) == _clips(manifest, index):
-                counts += _write_shard(output, manifest, index, waiting.pop(index), num_codes)
-        console.progress(done, manifest.clips)
-    assert not waiting, f"shards without all their labels: {sorted(waiting)}"
+    ):
+        labels = rows.select(["clip_id", "patch_labels"]).rename_columns(["clip_id", "labels"])
+        write_shard(output, manifest.shards[index], labels)
+        counts += _count(labels["labels"], num_codes)
     return counts
-
-
-def _clips(manifest: DatasetManifest, shard: int) -> int:
-    return sum(group.clips for group in manifest.shards[shard].row_groups)
-
-
-def _write_shard(
-    output: Place, manifest: DatasetManifest, index: int, parts: list[pa.Table], num_codes: int
-) -> np.ndarray:
-    shard = manifest.shards[index]
-    rows = (
-        pa.concat_tables(parts).sort_by("row").select(["clip_id", "patch_labels"]).rename_columns(["clip_id", "labels"])
-    )
-    buffer = pa.BufferOutputStream()
-    first = 0
-    with pq.ParquetWriter(buffer, rows.schema, compression="zstd") as writer:
-        for group in shard.row_groups:  # written one by one: their sizes differ where a fold ends
-            writer.write_table(rows.slice(first, group.clips), row_group_size=group.clips)
-            first += group.clips
-    (output / "shards" / shard.file).write_bytes(buffer.getvalue().to_pybytes())
-    return _count(rows["labels"], num_codes)
 
 
 def _count(labels: pa.ChunkedArray, num_codes: int) -> np.ndarray:
@@ -165,7 +138,7 @@ class PatchLabels:
             encoder = self._tokenizer.config.encoder
             mean, std = encoder.fbank_mean, encoder.fbank_std
         fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
-        labels_BN = self._tokenizer.extract_labels(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
+        labels_BN = self._tokenizer.label_patches(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
         labels = labels_BN.cpu().numpy().astype(np.int16)
         return {
             "patch_labels": [

@@ -71,6 +71,11 @@ class Place:
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
+    @property
+    def parent(self) -> "Place":
+        """The folder that this place lies in."""
+        return Place(self.uri.rsplit("/", 1)[0], self.path.rsplit("/", 1)[0])
+
     def exists(self) -> bool:
         return self._info().type != fs.FileType.NotFound
 
@@ -147,7 +152,11 @@ class Place:
                 (self / source.relative_to(folder).as_posix()).write_bytes(source.read_bytes())
 
     def download(self, folder: Path) -> Path:
-        """Copies every file below this place to below a local folder, and returns that folder."""
+        """Copies this file to a local path, or every file below this place to below it, and returns that path."""
+        if not self.is_dir() and self.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.write_bytes(self.read_bytes())
+            return folder
         for source in self.list(recursive=True):
             if not source.is_dir():
                 target = folder / source.path[len(self.path) + 1 :]

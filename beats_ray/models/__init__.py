@@ -8,15 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beats_ray.models.checkpoints import load_model, save_model
+    from beats_ray.models.checkpoints import describe_model, load_model, save_model
     from beats_ray.models.config import ENCODER_PRESETS, EncoderConfig, encoder_config
     from beats_ray.models.encoder import BeatsEncoder, EncoderOutput, build_encoder
+    from beats_ray.models.export import export_model
     from beats_ray.models.fbank import compute_fbank, normalise_fbank, num_frames, num_patches
     from beats_ray.models.heads import AudioClassifier, ClassifierConfig, ClassifierOutput
     from beats_ray.models.masking import PatchMask, sample_patch_mask
     from beats_ray.models.patches import patch_padding
     from beats_ray.models.predictor import MaskedPatchPredictor, PredictorConfig
     from beats_ray.models.quantizer import CosineQuantizer, QuantizerConfig, codebook_usage
+    from beats_ray.models.released import load_released, save_released
     from beats_ray.models.tokenizers import (
         DistillationConfig,
         DistillationModel,
@@ -50,14 +52,18 @@ __all__ = [
     "build_encoder",
     "codebook_usage",
     "compute_fbank",
+    "describe_model",
     "encoder_config",
+    "export_model",
     "load_model",
+    "load_released",
     "normalise_fbank",
     "num_frames",
     "num_patches",
     "patch_padding",
     "sample_patch_mask",
     "save_model",
+    "save_released",
 ]
 
 _HOMES = {
@@ -83,14 +89,18 @@ _HOMES = {
     "build_encoder": "encoder",
     "codebook_usage": "quantizer",
     "compute_fbank": "fbank",
+    "describe_model": "checkpoints",
     "encoder_config": "config",
+    "export_model": "export",
     "load_model": "checkpoints",
+    "load_released": "released",
     "normalise_fbank": "fbank",
     "num_frames": "fbank",
     "num_patches": "fbank",
     "patch_padding": "patches",
     "sample_patch_mask": "masking",
     "save_model": "checkpoints",
+    "save_released": "released",
 }
 
 

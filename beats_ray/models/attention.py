@@ -45,16 +45,18 @@ class RelativeBias(nn.Embedding):
         cycle_O = torch.arange(2 * num_patches, device=self.weight.device)
         offset_O = torch.where(cycle_O < num_patches, cycle_O, cycle_O - 2 * num_patches)
         table_OH = super().forward(relative_bucket(offset_O, self.num_embeddings, self.max_distance))
+        if position_BN is None and torch.compiler.is_exporting():  # a Toeplitz view asks for one fixed length
+            position_BN = torch.arange(num_patches, device=self.weight.device).unsqueeze(0)
         if position_BN is None:
             return _toeplitz(table_OH.t(), num_patches).unsqueeze(0)
-        difference_BNN = position_BN.unsqueeze(1) - position_BN.unsqueeze(2)
-        return _look_up(table_OH, difference_BNN.remainder(2 * num_patches))
+        offset_BNN = position_BN.unsqueeze(1) - position_BN.unsqueeze(2)
+        return _look_up(table_OH, torch.where(offset_BNN < 0, offset_BNN + 2 * num_patches, offset_BNN))
 
 
 def _look_up(table_OH: Tensor, index_BNN: Tensor) -> Tensor:
     if table_OH.device.type == "cpu":  # nine times faster in backward than the embedding
         bias_HX = table_OH.t().contiguous().index_select(1, index_BNN.flatten())
-        return bias_HX.view(-1, *index_BNN.shape).transpose(0, 1).contiguous()
+        return bias_HX.view(table_OH.shape[1], *index_BNN.shape).transpose(0, 1).contiguous()
     return F.embedding(index_BNN, table_OH).permute(0, 3, 1, 2).contiguous()  # no atomic sums: deterministic
 
 

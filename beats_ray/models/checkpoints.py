@@ -2,8 +2,9 @@
 
     save_model(encoder, "out/encoder")
     encoder = load_model("out/encoder")      # in eval mode
+    encoder = load_model("BEATs_iter3.pt")   # a released file: see `released.py`
 
-Nothing in such a folder can run code. Paths are local; the callers move folders to and from object storage.
+Nothing in such a folder or file can run code. Paths are local; the callers move them to and from object storage.
 """
 
 import json
@@ -32,6 +33,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LABELS_FILE = "labels.json"
+RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
 def save_model(module: nn.Module, path: str | os.PathLike[str], extra_config: dict[str, Any] | None = None) -> Path:
@@ -43,7 +45,7 @@ def save_model(module: nn.Module, path: str | os.PathLike[str], extra_config: di
     target = Path(path)
     if target.exists() and not (target / CONFIG_FILE).is_file() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is no model folder; choose another path")
-    description = {"kind": _kind(module), "format_version": FORMAT_VERSION, "config": _settings(module)}
+    description = describe_model(module)
     if extra_config:
         description["extra"] = extra_config
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +64,22 @@ def save_model(module: nn.Module, path: str | os.PathLike[str], extra_config: di
     return target
 
 
+def describe_model(module: nn.Module) -> dict[str, Any]:
+    """What `config.json` says of a module: its kind, the format version, and its settings under "config"."""
+    return {"kind": _kind(module), "format_version": FORMAT_VERSION, "config": _settings(module)}
+
+
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
-    """Reads a model folder and returns the module in eval mode, on the CPU.
+    """Reads a model folder, or a released `.pt` file, and returns the module in eval mode, on the CPU.
 
     Raises ValueError naming what is wrong: a missing or damaged file, an unknown kind, a newer format, other weights
     than the settings ask for.
     """
     folder = Path(path)
+    if folder.is_file() or folder.suffix in RELEASED_SUFFIXES:
+        from beats_ray.models.released import load_released
+
+        return load_released(folder)
     description = _read_json(folder / CONFIG_FILE)
     if not isinstance(description, dict) or "kind" not in description or "format_version" not in description:
         raise ValueError(f"{folder / CONFIG_FILE} is no model description: it needs 'kind' and 'format_version'")

@@ -23,6 +23,8 @@ class ClassifierConfig(ModelConfig):
     """Classes. AudioSet: 527."""
     pooling: Literal["mean", "attention"] = "mean"
     """How patches vote: alike (release), or weighted by a learned score of each patch."""
+    multi_label: bool = True
+    """Whether a clip may have several classes: then each has a probability of its own (AudioSet, released models)."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the features before the linear map; a probability."""
 
@@ -66,6 +68,11 @@ class AudioClassifier(nn.Module):
         encoded = self.encoder(fbank_BTF, num_frames_B)
         return self._pool(encoded.features_BND, encoded.is_pad_BN)
 
+    def probabilities(self, logits_BC: Tensor) -> Tensor:
+        """Class probabilities in fp32: a sigmoid of each logit where `multi_label`, a softmax over them otherwise."""
+        logits_BC = logits_BC.float()
+        return logits_BC.sigmoid() if self.config.multi_label else logits_BC.softmax(dim=-1)
+
     def _pool(self, features_BND: Tensor, is_pad_BN: Tensor) -> ClassifierOutput:
         if self.training and self.config.dropout:
             features_BND = F.dropout(features_BND, self.config.dropout)
@@ -84,13 +91,14 @@ class AudioClassifier(nn.Module):
     def extract_features(
         self, wave_BS: Tensor, padding_mask_BS: Tensor | None = None, compat: Compat = "exact"
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (probabilities_BC, is_pad_BN) as the release's fine-tuned models do: sigmoid of the clip logits.
+        """Returns (probabilities_BC, is_pad_BN) as the release's fine-tuned models do.
 
-        Arguments and errors as for `BeatsEncoder.extract_features`.
+        The release's models are multi-label; a single-label one returns a softmax. Arguments and errors as for
+        `BeatsEncoder.extract_features`.
         """
         encoded = self.encoder.encode_checked(wave_BS, padding_mask_BS, compat)
         logits_BC = self._pool(encoded.features_BND, encoded.is_pad_BN).logits_BC
-        return logits_BC.sigmoid(), None if padding_mask_BS is None else encoded.is_pad_BN
+        return self.probabilities(logits_BC), None if padding_mask_BS is None else encoded.is_pad_BN
 
     def parameter_depths(self) -> dict[str, int]:
         """Depth of every parameter for layer-wise learning rates; the head is at num_layers + 1."""

@@ -22,23 +22,26 @@ def patchify(fbank_BTF: Tensor, num_frames_B: Tensor | None = None, patch_size: 
             f"fbank has shape {tuple(fbank_BTF.shape)}; it must be (clips, frames, mel bins), bins a multiple of "
             f"{patch_size}: use beats_ray.models.compute_fbank"
         )
-    batch, frames, bins = fbank_BTF.shape
+    frames, bins = fbank_BTF.shape[1:]
     columns = bins // patch_size
     if num_frames_B is not None:
         fbank_BTF = zero_past_end(fbank_BTF, num_frames_B)
     if frames < patch_size:
         fbank_BTF = F.pad(fbank_BTF, (0, 0, 0, patch_size - frames))
-    rows = max(frames // patch_size, 1)
-    grid = fbank_BTF[:, : rows * patch_size].reshape(batch, rows, patch_size, columns, patch_size)
-    patches_BNP = grid.transpose(2, 3).reshape(batch, rows * columns, patch_size * patch_size)
+    # (clips, time steps, columns, frames of a patch, bins of a patch)
+    grid = fbank_BTF.unfold(1, patch_size, patch_size).unflatten(2, (columns, patch_size)).transpose(3, 4)
+    patches_BNP = grid.flatten(3).flatten(1, 2)
     if num_frames_B is None:
         return patches_BNP, torch.zeros(patches_BNP.shape[:2], dtype=torch.bool, device=fbank_BTF.device)
-    return patches_BNP, patch_padding(num_frames_B.to(fbank_BTF.device), frames, patch_size, columns)
+    return patches_BNP, _padding(num_frames_B.to(fbank_BTF.device), patches_BNP.shape[1], patch_size, columns)
 
 
 def patch_padding(num_frames_B: Tensor, frames: int, patch_size: int = 16, columns: int = 8) -> Tensor:
     """Returns is_pad_BN, True at padding, of the grid that a batch of so many frames is cut into."""
-    num_patches = max(frames // patch_size, 1) * columns
+    return _padding(num_frames_B, max(frames // patch_size, 1) * columns, patch_size, columns)
+
+
+def _padding(num_frames_B: Tensor, num_patches: int, patch_size: int, columns: int) -> Tensor:
     rows_B = num_patch_rows(num_frames_B, patch_size)
     return torch.arange(num_patches, device=num_frames_B.device) >= (rows_B * columns).unsqueeze(1)
 

@@ -1,9 +1,10 @@
 """Acoustic tokenizers: one label for each patch, in the encoder's patch order.
 
-    labels_BN = RandomProjectionTokenizer().extract_labels(fbank_BTF, num_frames_B)     # iteration 1
-    labels_BN = SelfDistilledTokenizer(config).extract_labels(fbank_BTF, num_frames_B)  # iterations 2 and 3
+    labels_BN = RandomProjectionTokenizer().label_patches(fbank_BTF, num_frames_B)     # iteration 1
+    labels_BN = SelfDistilledTokenizer(config).label_patches(fbank_BTF, num_frames_B)  # iterations 2 and 3
+    labels_BN = tokenizer.extract_labels(wave_BS, padding_mask)                        # either, from waveforms
 
-Shapes: B clips, T frames, F mel bins, N patches, P values in a patch, D width, V codes, W windows of a clip.
+Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, W windows of a clip.
 Source: paper sections 3.3.1 (random projection, as in BEST-RQ) and 3.3.2 (self-distilled).
 """
 
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from beats_ray.models.config import EncoderConfig, ModelConfig
-from beats_ray.models.encoder import BeatsEncoder
+from beats_ray.models.config import FBANK_MEAN, FBANK_STD, EncoderConfig, ModelConfig
+from beats_ray.models.encoder import BeatsEncoder, Compat, check_waveform
+from beats_ray.models.fbank import compute_fbank, normalise_fbank
 from beats_ray.models.fp32_buffers import Float32Buffers
 from beats_ray.models.patches import patchify
 from beats_ray.models.quantizer import CosineQuantizer, Quantized, QuantizerConfig
@@ -57,7 +59,15 @@ class RandomProjectionTokenizer(Float32Buffers):
         self.register_buffer("codebook_VD", codebook_VD)
 
     @torch.no_grad()
-    def extract_labels(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
+    def extract_labels(self, wave_BS: Tensor, padding_mask_BS: Tensor | None = None) -> Tensor:
+        """Returns labels_BN (int64, -1 at padding) of 16 kHz waveforms in [-1, 1].
+
+        padding_mask_BS: True at padding, which must follow the clip. Errors as for `BeatsEncoder.extract_features`.
+        """
+        return self.label_patches(*_front_end(wave_BS, padding_mask_BS, FBANK_MEAN, FBANK_STD))
+
+    @torch.no_grad()
+    def label_patches(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
         """Returns labels_BN (int64, -1 at padding) of normalised filterbanks of any length."""
         with torch.autocast(fbank_BTF.device.type, enabled=False):
             patches_BNP, is_pad_BN = patchify(fbank_BTF.float(), num_frames_B, self.config.patch_size)
@@ -104,13 +114,33 @@ class SelfDistilledTokenizer(nn.Module):
         return self.quantizer(code_BND.flatten(0, 1), encoded.is_pad_BN.flatten()), encoded.is_pad_BN
 
     @torch.no_grad()
-    def extract_labels(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
+    def extract_labels(
+        self, wave_BS: Tensor, padding_mask_BS: Tensor | None = None, compat: Compat = "exact"
+    ) -> Tensor:
+        """Returns labels_BN (int64, -1 at padding) of 16 kHz waveforms in [-1, 1]; long clips go in windows.
+
+        compat="release" returns what the released tokenizers do: the labels of all clips in one row (B x N), clips of
+        any length whole, padding treated as the release treats it and labelled too.
+        Errors as for `BeatsEncoder.extract_features`; ValueError before the codebook was ever fitted.
+        """
+        if compat == "release":
+            self._check_fitted()
+            features_BND = self.encoder.encode_checked(wave_BS, padding_mask_BS, compat).features_BND
+            return self.quantizer.labels(self.to_code(features_BND).flatten(0, 1))
+        config = self.config.encoder
+        return self.label_patches(*_front_end(wave_BS, padding_mask_BS, config.fbank_mean, config.fbank_std))
+
+    def _check_fitted(self) -> None:
+        if int(self.quantizer.batches_seen) == 0:
+            raise ValueError("the tokenizer's codebook was never fitted: train it, or load a trained one")
+
+    @torch.no_grad()
+    def label_patches(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
         """Returns labels_BN (int64, -1 at padding) of normalised filterbanks; long clips go in windows.
 
         Raises ValueError before the codebook was ever fitted.
         """
-        if int(self.quantizer.batches_seen) == 0:
-            raise ValueError("the tokenizer's codebook was never fitted: train it, or load a trained one")
+        self._check_fitted()
         batch, frames, bins = fbank_BTF.shape
         window, size = self.config.window_frames, self.config.encoder.patch_size
         if frames < window + size:
@@ -131,6 +161,12 @@ class SelfDistilledTokenizer(nn.Module):
         encoded = self.encoder(fbank_BTF, num_frames_B)
         labels_N = self.quantizer.labels(self.to_code(encoded.features_BND).flatten(0, 1))
         return labels_N.view_as(encoded.is_pad_BN).masked_fill(encoded.is_pad_BN, -1)
+
+
+def _front_end(wave_BS: Tensor, padding_mask_BS: Tensor | None, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    num_samples_B = check_waveform(wave_BS, padding_mask_BS)
+    fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
+    return normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B
 
 
 class DistillationConfig(ModelConfig):

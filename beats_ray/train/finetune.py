@@ -30,16 +30,15 @@ from beats_ray.train.metrics import MetricSums
 class FinetuneModule(nn.Module):
     """Classifier with its loss, as one module for the engine."""
 
-    def __init__(self, classifier: AudioClassifier, multi_label: bool, label_smoothing: float) -> None:
+    def __init__(self, classifier: AudioClassifier, label_smoothing: float) -> None:
         super().__init__()
         self.classifier = classifier
-        self._multi_label = multi_label
         self._label_smoothing = label_smoothing
 
     def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor, targets_BC: Tensor) -> tuple[Tensor, MetricSums]:
         """Loss summed over clips, and metric sums."""
         logits_BC = self.classifier(fbank_BTF, num_frames_B).float()
-        if self._multi_label:
+        if self.classifier.config.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none").mean(1).sum()
         else:
             smoothing = self._label_smoothing if self.training else 0.0
@@ -59,12 +58,10 @@ class FinetuneTask:
         self._config = encoder.config.model_copy(update=changes)
         tuned = BeatsEncoder(self._config, encoder.positions)
         tuned.load_state_dict(encoder.state_dict())
-        self._multi_label = manifest.multi_label
-        self._classes = ClassifierConfig(num_classes=len(manifest.label_names))
+        self._classes = ClassifierConfig(num_classes=len(manifest.label_names), multi_label=manifest.multi_label)
         self._class_names = manifest.label_names
-        self.module = FinetuneModule(
-            AudioClassifier(tuned, self._classes, self._class_names), manifest.multi_label, settings.label_smoothing
-        )
+        classifier = AudioClassifier(tuned, self._classes, self._class_names)
+        self.module = FinetuneModule(classifier, settings.label_smoothing)
         tuned.use(checkpoint_layers=settings.train.activation_checkpointing)
 
     def depths(self) -> Mapping[str, int]:
@@ -80,7 +77,7 @@ class FinetuneTask:
             wave_BS = roll(wave_BS, num_samples_B, round(augment.roll_seconds * self._config.sample_rate_hz), generator)
             if augment.mixup:
                 wave_BS, num_samples_B, targets_BC = mixup(
-                    wave_BS, num_samples_B, targets_BC, augment.mixup, generator, self._multi_label
+                    wave_BS, num_samples_B, targets_BC, augment.mixup, generator, self._classes.multi_label
                 )
         fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
         fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
@@ -97,4 +94,4 @@ class FinetuneTask:
         classifier.load_state_dict(
             {name.removeprefix(prefix): value.float() for name, value in state_dict.items() if name.startswith(prefix)}
         )
-        save_model(classifier, folder, {"multi_label": self._multi_label})
+        save_model(classifier, folder)

@@ -89,7 +89,7 @@ class PretrainTask:
         if labels_BN is None:
             if self._tokenizer is None:
                 raise RuntimeError("the batch has no patch labels and the task no tokenizer")
-            labels_BN = self._tokenizer.to(fbank_BTF.device).extract_labels(fbank_BTF, num_frames_B)
+            labels_BN = self._tokenizer.to(fbank_BTF.device).label_patches(fbank_BTF, num_frames_B)
         is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size)
         labels_BN = labels_BN.long().masked_fill(is_pad_BN, -1)
         mask = sample_patch_mask(

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,20 @@ import pytest
 import soundfile
 import torch
 
-from beats_ray.config import EvaluateConfig, RaySettings, StreamSettings, TokenizeConfig, UserError
+from beats_ray.config import (
+    EmbedConfig,
+    EvaluateConfig,
+    RaySettings,
+    StreamSettings,
+    TokenizeConfig,
+    UserError,
+    replace,
+)
 from beats_ray.console import Console
 from beats_ray.data.decode import decode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
 from beats_ray.data.storage import Place, open_place, read_table, write_table
+from beats_ray.embed import run_embed
 from beats_ray.evaluate import run_evaluate
 from beats_ray.inference import map_clips, pad_clips, row_group_spans
 from beats_ray.launch import ray_cluster
@@ -31,6 +40,7 @@ from beats_ray.models import (
     normalise_fbank,
     num_patches,
     save_model,
+    save_released,
 )
 from beats_ray.tokenize import run_tokenize
 
@@ -143,7 +153,7 @@ def test_tokenize_labels_every_clip_in_place_and_goes_on_where_it_stopped(cluste
         assert [groups.row_group(group).num_rows for group in range(groups.num_row_groups)] == [ROW_GROUP_CLIPS] * 3
     wave, num_samples = pad_clips([shard_wave(dataset, "00001.parquet", 11)])
     fbank, frames = compute_fbank(wave, num_samples)
-    alone = tokenizer.extract_labels(normalise_fbank(fbank, num_frames_B=frames), frames)[0].tolist()
+    alone = tokenizer.label_patches(normalise_fbank(fbank, num_frames_B=frames), frames)[0].tolist()
     assert first["00001.parquet"][11]["labels"] == alone[: num_patches(15_000)]
     assert whole["patches"] == sum(num_patches(4000 + 1000 * row) for row in range(12)) * 2
     assert whole["fingerprint"] == shards_fingerprint(manifest)
@@ -181,6 +191,59 @@ def test_evaluate_probes_an_encoder_over_all_folds(cluster: None, tmp_path: Path
     assert result["clips"] == len(result["correct"]) == 24
     assert set(result["fold_accuracies"]) == {"1", "2", "3"}
     assert result["accuracy"] == 1.0  # two pure tones
+
+
+@pytest.mark.parametrize(("pooling", "layer"), [("mean", None), ("none", 2)])
+def test_embed_writes_what_the_encoder_gives_each_clip_alone_and_goes_on_where_it_stopped(
+    cluster: None, tmp_path: Path, pooling: Literal["mean", "none"], layer: int | None
+) -> None:
+    dataset, _ = build_dataset(tmp_path / "data")
+    torch.manual_seed(0)
+    encoder = BeatsEncoder(encoder_config("tiny")).eval()
+    model = save_released(encoder, tmp_path / "BEATs.pt")
+    config = EmbedConfig(
+        output=str(tmp_path / "out"), data=StreamSettings(path=dataset.uri), model=str(model), batch_clips=5,
+        pooling=pooling, layer=layer,
+    )  # fmt: skip
+    run_embed(config, Console())
+    output = open_place(config.output)
+    first = {name: (output / "shards" / name).read_bytes() for name in ("00000.parquet", "00001.parquet")}
+    rows = read_labels(output, "00001.parquet")
+    assert [row["clip_id"] for row in rows] == [f"clip-1-{row}" for row in range(12)]
+    assert [row["num_samples"] for row in rows] == [4000 + 1000 * row for row in range(12)]
+    assert [row["labels"] for row in rows] == [[row % 2] for row in range(12)]
+    assert [row["fold"] for row in rows] == [row // ROW_GROUP_CLIPS + 1 for row in range(12)]
+    for row in (0, 7, 11):
+        wave, num_samples = pad_clips([shard_wave(dataset, "00001.parquet", row)])
+        with torch.no_grad():
+            alone = encoder.features_from_waveform(wave, num_samples, layer=layer).features_BND[0]
+        found = torch.tensor(rows[row]["embedding"])
+        expected = alone.mean(0) if pooling == "mean" else alone.flatten()
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() < 1e-4
+    assert (output / "embeddings.json").read_json()["width"] == 128
+
+    (output / "embeddings.json").delete()
+    (output / "shards" / "00001.parquet").delete()
+    kept = Path((output / "shards" / "00000.parquet").path).stat().st_mtime_ns
+    run_embed(config, Console())
+    assert {name: (output / "shards" / name).read_bytes() for name in first} == first
+    assert Path((output / "shards" / "00000.parquet").path).stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match=r"holds other embeddings.*dtype"):
+        run_embed(replace(config, {"dtype": "float16"}), Console())
+
+
+def test_embed_refuses_a_layer_that_the_encoder_does_not_have(tmp_path: Path) -> None:
+    dataset, _ = build_dataset(tmp_path / "data")
+    model = save_model(BeatsEncoder(encoder_config("tiny")), tmp_path / "encoder")
+    data = StreamSettings(path=dataset.uri)
+    config = EmbedConfig(output=str(tmp_path / "out"), data=data, model=str(model), layer=5)
+    with pytest.raises(UserError, match="layer=5: the encoder has 4 layers"):
+        run_embed(config, Console())
+    tokenizer = save_model(RandomProjectionTokenizer(), tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="holds kind='random_projection_tokenizer'"):
+        run_embed(replace(config, {"model": str(tokenizer)}), Console())
+    assert not (tmp_path / "out").exists()
 
 
 def shard_wave(dataset: Place, name: str, row: int) -> bytes:

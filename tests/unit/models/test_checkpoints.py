@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 def result(module: nn.Module, fbank: torch.Tensor) -> torch.Tensor:
     if isinstance(module, RandomProjectionTokenizer | SelfDistilledTokenizer):
-        return module.extract_labels(fbank)
+        return module.label_patches(fbank)
     output = module(fbank)
     tensor: torch.Tensor = output[0] if isinstance(module, BeatsEncoder) else output
     return tensor

@@ -1,0 +1,150 @@
+"""What is measured: for each benchmark our part first, then what it is compared with.
+
+A case builds a step, a function without arguments that does one unit of work on `config.clips` clips. PyTorch and the
+models are imported in the case's own process only.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from beats_ray.config import BenchConfig
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark."""
+
+    name: str
+    build: Callable[[BenchConfig], Step]
+    package: str = ""
+    """What must be installed beyond our own dependencies."""
+
+    def available(self) -> bool:
+        """Whether the case can run here."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+
+def _waves(config: BenchConfig) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(config.seed)
+    wave_BS = 0.1 * torch.randn(config.clips, round(config.seconds * 16_000), generator=generator)
+    return wave_BS.to(config.device)
+
+
+def _encoder(config: BenchConfig) -> Any:
+    import torch
+
+    from beats_ray.models import build_encoder
+
+    torch.manual_seed(config.seed)
+    return build_encoder(config.preset).to(config.device).train()
+
+
+def _training_step(config: BenchConfig, module: Any, features: Callable[[], Any]) -> Step:
+    """Forward and backward of a mean square, with the gradients kept as an optimizer would find them."""
+    import torch
+
+    def step() -> None:
+        module.zero_grad(set_to_none=False)
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = features().float().square().mean()
+        loss.backward()
+
+    return step
+
+
+# --- fbank ------------------------------------------------------------------------------------------------------------
+
+
+def _batched_fbank(config: BenchConfig) -> Step:
+    from beats_ray.models import compute_fbank
+
+    wave_BS = _waves(config)
+    return lambda: (compute_fbank(wave_BS), None)[1]
+
+
+def _kaldi_fbank(config: BenchConfig) -> Step:
+    from beats_ray.bench.released_formula import per_clip_fbank
+    from beats_ray.models import encoder_config
+
+    wave_BS, settings = _waves(config), encoder_config("tiny")
+    return lambda: (per_clip_fbank(wave_BS, settings), None)[1]
+
+
+# --- one training step of an encoder ----------------------------------------------------------------------------------
+
+
+def _our_encoder(config: BenchConfig) -> Step:
+    encoder, wave_BS = _encoder(config), _waves(config)
+    return _training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
+
+
+def _our_encoder_recomputing(config: BenchConfig) -> Step:
+    encoder, wave_BS = _encoder(config), _waves(config)
+    encoder.encoder.recompute_attention = True
+    return _training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
+
+
+def _formula_encoder(config: BenchConfig) -> Step:
+    from beats_ray.bench.released_formula import FormulaEncoder
+    from beats_ray.models import encoder_config
+
+    formula, wave_BS = FormulaEncoder(encoder_config(config.preset)).to(config.device), _waves(config)
+    return _training_step(config, formula, lambda: formula(wave_BS))
+
+
+def _openbeats_encoder(config: BenchConfig) -> Step:
+    import torch
+    from openbeats.beats_encoder import BeatsEncoder
+
+    from beats_ray.models import build_encoder
+    from beats_ray.models.released import release_settings
+
+    settings = release_settings(build_encoder(config.preset).config)
+    theirs: Any = BeatsEncoder(0, beats_config=settings).to(config.device).train()
+    wave_BS = _waves(config)
+    length_B = torch.full((config.clips,), wave_BS.shape[1], device=config.device)
+    return _training_step(config, theirs, lambda: theirs(wave_BS, length_B)[0])
+
+
+# --- one step of masked pre-training ----------------------------------------------------------------------------------
+
+
+def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
+    def build(config: BenchConfig) -> Step:
+        import torch
+
+        from beats_ray.models import num_patches, sample_patch_mask
+
+        encoder = _encoder(config)
+        encoder.positions = positions
+        wave_BS = _waves(config)
+        is_pad_BN = torch.zeros(config.clips, num_patches(wave_BS.shape[1]), dtype=torch.bool, device=config.device)
+        generator = torch.Generator(config.device).manual_seed(config.seed)
+        visible_BM = sample_patch_mask(is_pad_BN, 0.75, generator).visible_BM
+        return _training_step(
+            config, encoder, lambda: encoder.features_from_waveform(wave_BS, visible_BM=visible_BM).features_BND
+        )
+
+    return build
+
+
+BENCHES: dict[str, tuple[Case, ...]] = {
+    "fbank": (Case("beats_ray, one batch", _batched_fbank), Case("torchaudio, clip by clip", _kaldi_fbank)),
+    "encoder": (
+        Case("beats_ray", _our_encoder),
+        Case("beats_ray, attention recomputed", _our_encoder_recomputing),
+        Case("published formula", _formula_encoder),
+        Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats"),
+    ),
+    "pretrain": (
+        Case("75 % masked, true positions", _masked_step("true")),
+        Case("75 % masked, compact positions", _masked_step("compact")),
+        Case("nothing masked", _our_encoder),
+    ),
+}
