@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -96,7 +97,7 @@ class _Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.commands, 1, 0.4)
+            near = difflib.get_close_matches(name, self.commands, 1, 0.6)
             hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(self.list_commands(ctx))}"
             raise UserError(f"unknown command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
@@ -115,16 +116,21 @@ def cli(context: click.Context) -> None:
         raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
 
 
-def _describe_fields(kind: type[config.Section], prefix: str = "") -> str:
+def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: config.Section | None = None) -> str:
+    """Every setting of a config with its default, which may be that of the section it stands in."""
     lines = []
     for name, field in kind.model_fields.items():
-        if isinstance(field.default, config.Section):
-            lines.append(_describe_fields(type(field.default), f"{prefix}{name}."))
+        default = field.default if defaults is None else getattr(defaults, name)
+        if isinstance(default, config.Section):
+            lines.append(_describe_fields(type(default), f"{prefix}{name}.", default))
         else:
-            default = "" if field.is_required() else f" [{field.default}]" if field.default not in ("", {}, ()) else ""
-            text = (field.description or "").replace("\n", " ").split(". ")[0].split(";")[0].rstrip(".")
-            lines.append(f"  {prefix}{name}{default if len(default) < 30 else ''}  {text}")
+            shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}]"
+            text = re.split(r"\.\s|;", (field.description or "").replace("\n", " "))[0].rstrip(".")
+            lines.append(f"  {prefix}{name}{shown if len(shown) < 30 else ''}  {text}")
     return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
+
+
+_KINDS = typing.get_args(config.PrepareConfig.model_fields["kind"].annotation)
 
 
 def _add(name: str, command: Command) -> None:
@@ -141,7 +147,7 @@ def _add(name: str, command: Command) -> None:
             return
         for need in command.needs:
             _check_place(settings, need)
-        _run_on_cluster(settings, lambda console: _load(command.entry)(settings, console))
+        _run_on_cluster(settings.ray, lambda console: _load(command.entry)(settings, console))
 
 
 @cli.command(epilog="Settings of the run, as in `iterate`: pretrain.train.steps=200, sweep.num_trials=4, ...")
@@ -164,11 +170,19 @@ def demo(overrides: tuple[str, ...], data: str | None, budget: float, output: st
         console.close()
 
 
-@cli.command(epilog="KIND is the layout of the source: esc50.")
+@cli.command(
+    epilog=f"KIND is the layout of the source: {', '.join(_KINDS)}.\n\n{_describe_fields(config.PrepareConfig)}"
+)
 @click.argument("arguments", metavar="KIND SRC DST [section.field=value ...]", nargs=-1)
-def prepare(arguments: tuple[str, ...]) -> None:
+@click.option(
+    "--verify", "verify_path", metavar="DST", help="Read a prepared data set again and account for every file."
+)
+def prepare(arguments: tuple[str, ...], verify_path: str | None) -> None:
     """Turn raw clips into checked 16 kHz shards."""
     paths, overrides = split_arguments(arguments)
+    if verify_path is not None:
+        _verify(verify_path, paths, overrides)
+        return
     if len(paths) == 3:
         kind, source, output = paths
         settings = load_config(config.PrepareConfig, None, overrides, kind=kind, source=source, output=output)
@@ -176,14 +190,33 @@ def prepare(arguments: tuple[str, ...]) -> None:
         settings = load_config(config.PrepareConfig, paths[0] if paths else None, overrides)
     else:
         raise UserError(f"prepare takes KIND SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
-    _require_exists("source", settings.source)
+    _load("data.prepare:check_source")(settings)
 
     def job(console: Console) -> list[tuple[str, str]]:
         console.stage(f"prepare {settings.source}")
-        _load("data.prepare:prepare")(settings, console.progress)
+        manifest = _load("data.prepare:prepare")(settings, console.progress)
+        missing = f", {manifest.missing} named but missing" if manifest.missing else ""
+        console.note(
+            f"{manifest.clips} clips, {manifest.seconds / 3600:.2f} h; {manifest.quarantined} files quarantined, "
+            f"{manifest.skipped} skipped{missing}"
+        )
         return [("data set", settings.output)]
 
-    _run_on_cluster(settings, job)
+    _run_on_cluster(settings.ray, job)
+
+
+def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
+    if paths:
+        raise UserError(f"prepare --verify takes the prepared data set alone, got {' '.join(paths)} too")
+    settings = load_config(config.VerifyConfig, None, overrides)
+    _require_exists("dataset", dataset)
+
+    def job(console: Console) -> list[tuple[str, str]]:
+        console.stage(f"verify {dataset}")
+        console.note(str(_load("data.verify:verify")(dataset, console.progress)))
+        return []
+
+    _run_on_cluster(settings.ray, job)
 
 
 @cli.command(epilog=_describe_fields(config.EmbedConfig))
@@ -201,7 +234,7 @@ def embed(arguments: tuple[str, ...]) -> None:
         raise UserError(f"embed takes MODEL SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
     for need in ("data.path", "model"):
         _check_place(settings, need)
-    _run_on_cluster(settings, lambda console: _load("embed:run_embed")(settings, console))
+    _run_on_cluster(settings.ray, lambda console: _load("embed:run_embed")(settings, console))
 
 
 @cli.command("import")
@@ -235,7 +268,7 @@ def predict(model: str, files: tuple[str, ...], top_k: int, as_json: bool) -> No
 
 
 @cli.command(epilog=_describe_fields(config.BenchConfig))
-@click.argument("name", type=click.Choice(["fbank", "encoder", "pretrain"]))
+@click.argument("name", type=click.Choice(typing.get_args(config.BenchConfig.model_fields["name"].annotation)))
 @click.argument("overrides", metavar="[field=value ...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -273,11 +306,11 @@ def _load(entry: str) -> Callable[..., Any]:
     return loaded
 
 
-def _run_on_cluster(settings: Job, job: Callable[[Console], list[tuple[str, str]]]) -> None:
+def _run_on_cluster(ray: config.RaySettings, job: Callable[[Console], list[tuple[str, str]]]) -> None:
     console = Console()
     try:
         console.stage("start Ray")
-        with _load("launch:ray_cluster")(settings.ray):
+        with _load("launch:ray_cluster")(ray):
             written = job(console)
         console.written(written)
     finally:

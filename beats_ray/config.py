@@ -57,6 +57,22 @@ class RaySettings(Section):
     """Shared-memory object store of a private cluster, MiB."""
 
 
+class LayoutSettings(Section):
+    table: str = ""
+    """kind=csv: the table with the columns path, labels, split, fold; default SRC itself, or SRC/metadata.csv.
+    kind=audioset: the folder of the segment tables and class_labels_indices.csv; default SRC."""
+    subsets: tuple[str, ...] = ()
+    """kind=audioset: segment tables to use, of balanced_train, unbalanced_train and eval; empty means all present."""
+    classes: Literal[12, 35] = 35
+    """kind=speech_commands: all 35 words, or the 10 commands, `_unknown_` and `_silence_`."""
+    label_separator: str = ";"
+    """kind=csv: between the labels of one recording."""
+    audio_column: str = "audio"
+    """kind=parquet: the column that holds the files' bytes, plain or as the struct {bytes, path} of other tools."""
+    label_column: str = "label"
+    """kind=parquet, webdataset: the column, or the extension of the member, that holds the label; may be missing."""
+
+
 class PrepareSettings(Section):
     max_bad_clip_fraction: Fraction = 0.01
     """`prepare` fails when more than this fraction of the input files had to be quarantined."""
@@ -66,6 +82,10 @@ class PrepareSettings(Section):
     """Clips in one Parquet row group: the unit of one range read during training."""
     max_clip_seconds: PositiveFloat = 30.0
     """Longer recordings are cut into clips of at most this length."""
+    overlap_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """What neighbouring clips of a longer recording share; with 0 it is cut into pieces of equal length."""
+    file_timeout_seconds: PositiveFloat = 300.0
+    """A file that takes longer to decode is quarantined."""
 
 
 class StreamSettings(Section):
@@ -79,12 +99,20 @@ class StreamSettings(Section):
     """Splits to train on; empty means all."""
     shuffle_window_clips: PositiveInt = 1024
     """Clips that are shuffled together, drawn from row groups taken in a random order over the whole data set."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """`balanced` draws clips of rare labels more often (AudioSet recipe): an epoch is as long, with some clips several
+    times and some not at all. Paper, AudioSet-2M fine-tuning: balanced."""
+    retry_seconds: PositiveFloat = 120.0
+    """How long a read is tried again while the object store answers with errors or not at all."""
     prefetch_batches: NonNegativeInt = 2
     """Micro-batches that wait, ready, in front of each worker."""
     read_tasks: PositiveInt = 2
     """Tasks that read shards at one time; each needs a quarter of a logical CPU."""
     decode_cpus: PositiveFloat = 1.0
     """Logical CPUs of one decode task; as many tasks run as the training workers leave room for."""
+    placement: Literal["auto", "data-nodes", "anywhere"] = "auto"
+    """Where clips are read and decoded: on nodes with the label beats-ray/role=data where the cluster has some, on
+    these only (an autoscaler then starts them), or anywhere."""
     buffer_mib: PositiveInt = 256
     """Object-store memory that the stream may fill for each training worker, MiB."""
 
@@ -342,6 +370,15 @@ class ProbeSettings(Section):
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
+class InferenceSettings(Section):
+    batch_clips: PositiveInt = 16
+    """Clips in one forward pass."""
+    num_workers: PositiveInt = 2
+    """Actors that run the model, each with one CPU."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+
 class Job(Section):
     """What every command's config has."""
 
@@ -351,11 +388,18 @@ class Job(Section):
 
 
 class PrepareConfig(Job):
-    kind: Literal["esc50"] = "esc50"
+    kind: Literal["esc50", "audioset", "speech_commands", "folder", "csv", "unlabelled", "parquet", "webdataset"] = (
+        "esc50"
+    )
     """Layout of the source."""
+    layout: LayoutSettings = LayoutSettings()
     source: Annotated[str, Field(min_length=1)]
     """Folder of the raw clips, local or s3://."""
     data: PrepareSettings = PrepareSettings()
+
+
+class VerifyConfig(Section):
+    ray: RaySettings = RaySettings()
 
 
 class PretrainConfig(Job, PretrainSettings):
@@ -372,16 +416,10 @@ class DistillConfig(Job, DistillSettings):
     """Published encoder that is distilled."""
 
 
-class TokenizeConfig(Job):
+class TokenizeConfig(Job, InferenceSettings):
     data: StreamSettings = StreamSettings()
     tokenizer: str = ""
     """Published tokenizer."""
-    batch_clips: PositiveInt = 16
-    """Clips in one forward pass."""
-    num_workers: PositiveInt = 2
-    """Actors that compute labels."""
-    use_gpu: bool = False
-    """One GPU for each actor."""
 
 
 class FinetuneConfig(Job, FinetuneSettings):
@@ -398,20 +436,14 @@ class SweepConfig(Job):
     sweep: SweepSettings = SweepSettings()
 
 
-class EvaluateConfig(Job):
+class EvaluateConfig(Job, InferenceSettings):
     data: StreamSettings = StreamSettings()
     model: str = ""
     """Published model: a frozen linear probe over the folds judges an encoder, its predictions a classifier."""
     probe: ProbeSettings = ProbeSettings()
-    batch_clips: PositiveInt = 16
-    """Clips in one forward pass."""
-    num_workers: PositiveInt = 2
-    """Actors that compute features."""
-    use_gpu: bool = False
-    """One GPU for each actor."""
 
 
-class EmbedConfig(Job):
+class EmbedConfig(Job, InferenceSettings):
     data: StreamSettings = StreamSettings()
     model: str = ""
     """Published encoder or classifier, or a released `.pt` file; of a classifier its encoder is used."""
@@ -421,21 +453,15 @@ class EmbedConfig(Job):
     """Layer after which to stop, 0 for the input of the first; the last where not set."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the written values."""
-    batch_clips: PositiveInt = 16
-    """Clips in one forward pass."""
-    num_workers: PositiveInt = 2
-    """Actors that compute embeddings."""
-    use_gpu: bool = False
-    """One GPU for each actor."""
 
 
 class BenchConfig(Section):
-    name: Literal["fbank", "encoder", "pretrain"]
+    name: Literal["data", "encoder", "fbank", "pretrain"]
     """What is measured."""
     preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
     """Size of the encoder."""
-    clips: PositiveInt = 4
-    """Clips of a step."""
+    clips: PositiveInt | None = None
+    """Clips of a step; by default 4, for fbank 64, and for data, whose step is one pass over them, 2048."""
     seconds: PositiveFloat = 10.0
     """Length of a clip."""
     repetitions: PositiveInt = 3
@@ -453,6 +479,11 @@ class BenchConfig(Section):
     seed: int = 0
     """Seed of weights, clips and masks."""
 
+    @property
+    def num_clips(self) -> int:
+        """Clips of a step."""
+        return self.clips or {"fbank": 64, "data": 2048}.get(self.name, 4)
+
 
 class IterateConfig(Job):
     iterations: PositiveInt = 3
@@ -464,3 +495,4 @@ class IterateConfig(Job):
     finetune: FinetuneSettings = FinetuneSettings()
     sweep: SweepSettings = SweepSettings()
     probe: ProbeSettings = ProbeSettings()
+    inference: InferenceSettings = InferenceSettings()

@@ -6,9 +6,11 @@ under DeepSpeed ZeRO-2, and a Ray Tune sweep after each. Sizes are small; the pa
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from beats_ray.config import (
     DistillSettings,
@@ -35,6 +37,7 @@ from beats_ray.data.storage import open_place
 from beats_ray.train.jobs import Written
 
 BUCKET = "beats"
+MARK = "demo.json"  # says what a folder is the demo of
 BASE_MINUTES = 12.0
 """The budget that the step counts below are made for, on two cores."""
 
@@ -52,7 +55,7 @@ class DemoConfig(IterateConfig):
     data: DemoData = DemoData()
 
 
-def demo_settings(budget_minutes: float) -> dict[str, object]:
+def demo_settings(budget_minutes: float) -> dict[str, Any]:
     """The demo's settings for a budget: steps grow with it, everything else stays."""
     scale = budget_minutes / BASE_MINUTES
     encoder = EncoderSettings(preset="tiny")
@@ -121,31 +124,30 @@ def run_demo(data: str | None, budget_minutes: float, output: str, overrides: li
     if "://" in output:
         raise UserError(f"--output={output}: the demo keeps its object store in a local folder; give a local path")
     folder = Path(output).absolute()
-    config = load_config(
-        DemoConfig,
-        None,
-        overrides,
-        **(demo_settings(budget_minutes) | {"output": f"s3://{BUCKET}/run", "data": _data_values(budget_minutes)}),
-    )
+    settings = demo_settings(budget_minutes)
+    places = {
+        "output": f"s3://{BUCKET}/run",
+        "data": settings["data"].model_copy(update={"path": f"s3://{BUCKET}/data"}),
+    }
+    config = load_config(DemoConfig, None, overrides, **(settings | places))
     if data:
         check_layout(open_place(data))
+    mark = {"data": data or "sample clips", "budget": f"{budget_minutes:g} minutes", "settings": overrides}
+    _check_mark(folder, mark)
     raw = _raw_clips(data, folder, console)
     with _object_store(folder):
+        from beats_ray.iterate import check_plan
         from beats_ray.launch import ray_cluster
 
         console.stage("start Ray and the object store")
         with ray_cluster(config.ray):
+            check_plan(config)
+            (open_place(str(folder)) / MARK).write_json(mark)
             written = _prepare_and_iterate(config, raw, console)
             _show_leaderboard(config, console)
     buckets = f"{folder / 'store' / 'buckets'}/"
     _closing_words(Path(config.output.replace("s3://", buckets, 1)), config.iterations, raw, console)
     return [(label, uri.replace("s3://", buckets, 1)) for label, uri in written]
-
-
-def _data_values(budget_minutes: float) -> dict[str, object]:
-    settings = demo_settings(budget_minutes)["data"]
-    assert isinstance(settings, DemoData)
-    return settings.model_dump() | {"path": f"s3://{BUCKET}/data"}
 
 
 def _raw_clips(data: str | None, folder: Path, console: Console) -> Path:
@@ -154,18 +156,31 @@ def _raw_clips(data: str | None, folder: Path, console: Console) -> Path:
 
     if data and not data.startswith("s3://"):
         return Path(data).absolute()
-    raw, origin = folder / "raw", folder / "raw-origin.txt"
+    raw, done = folder / "raw", folder / "raw.done"
     wanted = data or "sample clips"
-    if origin.exists() and origin.read_text() != wanted:
-        raise UserError(f"--output={folder} holds clips of {origin.read_text()!r}, not of {wanted!r}; choose another")
-    if not origin.exists():
+    if not done.exists() or done.read_text() != wanted:
         console.stage("copy the raw clips" if data else "make sample clips")
+        shutil.rmtree(raw, ignore_errors=True)
         if data:
             open_place(data).download(raw)
         else:
             make_sample_set(raw)
-        origin.write_text(wanted)
+        done.write_text(wanted)
     return raw
+
+
+def _check_mark(folder: Path, wanted: Mapping[str, object]) -> None:
+    """UserError, before anything is done, where the folder holds a demo with other data, budget or settings."""
+    mark = open_place(str(folder)) / MARK
+    if not mark.exists():
+        return
+    found = mark.read_json()
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"--output={folder}: holds a demo with {name} = {found.get(name)!r}, now it is {value!r}; give the "
+                "same to go on with it, or another --output"
+            )
 
 
 @contextlib.contextmanager
@@ -185,9 +200,8 @@ def _object_store(folder: Path) -> Iterator[None]:
 
 def _prepare_and_iterate(config: DemoConfig, raw: Path, console: Console) -> Written:
     from beats_ray.data.prepare import prepare
-    from beats_ray.iterate import check_plan, run_iterate
+    from beats_ray.iterate import run_iterate
 
-    check_plan(config)
     console.stage("prepare: raw clips to shards on the object store")
     settings = PrepareConfig(
         output=config.data.path,
@@ -215,6 +229,8 @@ def _show_leaderboard(config: DemoConfig, console: Console) -> None:
 def _closing_words(run: Path, iterations: int, raw: Path, console: Console) -> None:
     example = next(path for path in sorted((raw / "audio").iterdir()) if path.is_file())
     console.note("Next:")
+    if shutil.which("beats-ray") is None:
+        console.note(f"  source {Path(sys.prefix) / 'bin' / 'activate'}")
     console.note(f"  beats-ray predict {run}/iteration-{iterations}/sweep/model {example}")
     console.note(f"  tensorboard --logdir {run}")
     console.note(f"  beats-ray prepare esc50 {raw} runs/data/esc10 && beats-ray iterate jobs/iterate-tiny.yaml")

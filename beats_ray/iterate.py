@@ -152,7 +152,8 @@ class _Iterations:
 
         if not (self._run / "baselines.json").exists():
             self._console.stage("baselines without an encoder")
-            (self._run / "baselines.json").write_json(run_baselines(open_place(self._config.data.path)))
+            workers = self._config.inference.num_workers
+            (self._run / "baselines.json").write_json(run_baselines(open_place(self._config.data.path), workers))
 
     def _tokenizer(self, iteration: int) -> None:
         from beats_ray.train.jobs import run_distill
@@ -178,6 +179,7 @@ class _Iterations:
             ray=self._config.ray,
             data=self._config.data,
             tokenizer=self._model(iteration, "tokenizer"),
+            **_fields(self._config.inference),
         )
         if self._begin(iteration, "labels", "labels of every clip"):
             run_stage(place, run_identity(config), lambda: _ignore(run_tokenize(config, self._console)))
@@ -206,6 +208,7 @@ class _Iterations:
             data=self._config.data,
             model=self._model(iteration, "pretrain"),
             probe=self._config.probe,
+            **_fields(self._config.inference),
         )
         if self._begin(iteration, "probe", "frozen linear probe over all folds"):
             run_stage(place, run_identity(config), lambda: _ignore(run_evaluate(config, self._console)))

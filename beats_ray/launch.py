@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_usage_stats_enabled": "0",
+    "RAY_num_workers_soft_limit": "16",  # idle processes stay for the next stage; above it Ray prints warnings
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; the trials' own checkpoints are what resumes
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
@@ -75,8 +77,8 @@ def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
     if needed > total.get("CPU", 0.0):
         raise ConfigError(
             f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
-            f"for the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g}; lower num_workers "
-            "or cpus_per_worker, or raise ray.num_cpus"
+            f"for the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g} (a private one "
+            "counts every core twice); lower num_workers or cpus_per_worker, or raise ray.num_cpus"
         )
     if settings.use_gpu and settings.num_workers > total.get("GPU", 0.0):
         raise ConfigError(
@@ -97,15 +99,16 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     started: list[psutil.Process] = []
     try:
-        ray.init(
-            address="local",
-            num_cpus=settings.num_cpus or 2 * cores,
-            object_store_memory=settings.object_store_mib * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(scratch),
-        )
+        with _without_announcements():
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus or 2 * cores,
+                object_store_memory=settings.object_store_mib * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(scratch),
+            )
         _quiet_libraries()
         yield
     finally:
@@ -113,6 +116,28 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
         _end(started)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_announcements() -> Iterator[None]:
+    """Holds back what the block writes to stderr and passes on all but Ray's line about its log level.
+
+    Ray's C++ part writes that line to the file descriptor itself, whatever the level.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            for line in held:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
 
 
 def _end(processes: list[psutil.Process]) -> None:

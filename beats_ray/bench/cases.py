@@ -1,7 +1,7 @@
 """What is measured: for each benchmark our part first, then what it is compared with.
 
-A case builds a step, a function without arguments that does one unit of work on `config.clips` clips. PyTorch and the
-models are imported in the case's own process only.
+A case builds a step, a function without arguments that does one unit of work on `config.num_clips` clips. PyTorch and
+the models are imported in the case's own process only.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ def _waves(config: BenchConfig) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(config.seed)
-    wave_BS = 0.1 * torch.randn(config.clips, round(config.seconds * 16_000), generator=generator)
+    wave_BS = 0.1 * torch.randn(config.num_clips, round(config.seconds * 16_000), generator=generator)
     return wave_BS.to(config.device)
 
 
@@ -108,7 +108,7 @@ def _openbeats_encoder(config: BenchConfig) -> Step:
     settings = release_settings(build_encoder(config.preset).config)
     theirs: Any = BeatsEncoder(0, beats_config=settings).to(config.device).train()
     wave_BS = _waves(config)
-    length_B = torch.full((config.clips,), wave_BS.shape[1], device=config.device)
+    length_B = torch.full((config.num_clips,), wave_BS.shape[1], device=config.device)
     return _training_step(config, theirs, lambda: theirs(wave_BS, length_B)[0])
 
 
@@ -124,7 +124,7 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
         encoder = _encoder(config)
         encoder.positions = positions
         wave_BS = _waves(config)
-        is_pad_BN = torch.zeros(config.clips, num_patches(wave_BS.shape[1]), dtype=torch.bool, device=config.device)
+        is_pad_BN = torch.zeros(config.num_clips, num_patches(wave_BS.shape[1]), dtype=torch.bool, device=config.device)
         generator = torch.Generator(config.device).manual_seed(config.seed)
         visible_BM = sample_patch_mask(is_pad_BN, 0.75, generator).visible_BM
         return _training_step(
@@ -134,8 +134,26 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
     return build
 
 
+def _lazily(name: str) -> Callable[[BenchConfig], Step]:
+    """A case of `data_cases`, imported in the case's own process."""
+
+    def build(config: BenchConfig) -> Step:
+        from beats_ray.bench import data_cases
+
+        made: Step = getattr(data_cases, name)(config)
+        return made
+
+    return build
+
+
 BENCHES: dict[str, tuple[Case, ...]] = {
     "fbank": (Case("beats_ray, one batch", _batched_fbank), Case("torchaudio, clip by clip", _kaldi_fbank)),
+    "data": (
+        Case("bare limit: decoder x cores", _lazily("bare_limit")),
+        Case("beats_ray stream", _lazily("our_stream")),
+        Case("torch DataLoader", _lazily("torch_loader")),
+        Case("webdataset", _lazily("webdataset_loader"), package="webdataset"),
+    ),
     "encoder": (
         Case("beats_ray", _our_encoder),
         Case("beats_ray, attention recomputed", _our_encoder_recomputing),

@@ -62,7 +62,7 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
 
 def _describe(config: BenchConfig) -> str:
     threads = f", {config.threads} threads" if config.device == "cpu" else ""
-    clips = f"{config.clips} clips of {config.seconds:g} s"
+    clips = f"{config.num_clips} clips of {config.seconds:g} s"
     return f"{config.preset} encoder, {clips}, {config.precision}, {config.device}{threads}"
 
 
@@ -127,7 +127,7 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     torch.manual_seed(0)
     before = _peak_bytes(config)
     step = case.build(config)
-    clips = config.clips
+    clips = config.num_clips
     times = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
     sender.send({"step_ms": times, "peak_mib": (_peak_bytes(config) - before) / MIB, "clips": clips})
     sender.close()

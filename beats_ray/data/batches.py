@@ -4,6 +4,7 @@ Shapes: B clips, S samples, C classes, N patches. torch is imported by the funct
 import this package and need no torch.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,10 @@ class MicroBatch:
     clip_ids: tuple[str, ...]
     wait_seconds: float = 0.0
     """How long the worker stood still for this batch."""
+    read_seconds: float = 0.0
+    """How long the tasks of the stream waited for storage, over all clips of the batch."""
+    decode_seconds: float = 0.0
+    """How long they decoded."""
 
     @property
     def first_position(self) -> int:
@@ -80,6 +85,8 @@ def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False) -> 
         patch_labels_BN=tensor("patch_labels", torch.int16) if "patch_labels" in columns else None,
         positions_B=torch.tensor(columns["position"], dtype=torch.int64),
         clip_ids=tuple(str(clip_id) for clip_id in columns["clip_id"]),
+        read_seconds=float(columns["read_seconds"].sum()) if "read_seconds" in columns else 0.0,
+        decode_seconds=float(columns["decode_seconds"].sum()) if "decode_seconds" in columns else 0.0,
     )
 
 
@@ -89,18 +96,20 @@ def iterate_micro_batches(
     prefetch_batches: int,
     *,
     first_step: int,
+    stop_step: int,
     global_batch_size: int,
     rank: int,
     world_size: int,
     device: "torch.device | str" = "cpu",
 ) -> Iterator[MicroBatch]:
-    """A rank's micro-batches in the order of the plan, from its share of a `build_stream(start_step=first_step)`.
+    """A rank's micro-batches of steps [first_step, stop_step), from its share of a `build_stream` of these steps.
 
     Raises RuntimeError when a batch is not the one that the plan puts here: a mistake in the order never passes
     silently. Closing the iterator early ends the stream's tasks.
     """
     first_position = first_step * global_batch_size
-    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches))):
+    count = (stop_step - first_step) * global_batch_size // (micro_batch_size * world_size)
+    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches), count)):
         expected = micro_batch_start(first_position, index, rank, world_size, micro_batch_size)
         positions_B = batch.positions_B.numpy()
         if not np.array_equal(positions_B, np.arange(expected, expected + micro_batch_size)):
@@ -142,11 +151,11 @@ def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_batches: int)
     return batches
 
 
-def _timed(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-    """The same batches, each with the seconds that its consumer waited for it."""
+def _timed(batches: Iterable[MicroBatch], count: int | None = None) -> Iterator[MicroBatch]:
+    """The same batches, at most `count`, each with the seconds that its consumer waited for it."""
     source = iter(batches)
     try:
-        while True:
+        for _ in range(sys.maxsize if count is None else count):
             started = time.perf_counter()
             batch = next(source, None)
             if batch is None:

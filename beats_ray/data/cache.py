@@ -21,7 +21,15 @@ from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
 from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest
-from beats_ray.data.plan import ClipPlan, RowGroupRef, build_plan, micro_batch_start
+from beats_ray.data.plan import (
+    ClipPlan,
+    ClipWeights,
+    RowGroupRef,
+    balancing_weights,
+    build_plan,
+    micro_batch_start,
+)
+from beats_ray.data.shards import check_schema
 from beats_ray.data.storage import Place
 from beats_ray.data.stream import example_spec, open_reader, read_windows
 
@@ -64,6 +72,7 @@ class ClipCache:
             folds=folds or self.settings.folds,
             splits=splits or self.settings.splits,
             shuffle_window_clips=self.settings.shuffle_window_clips,
+            weigh=self._weigh if self.settings.sampling == "balanced" else None,
         )
         spec = example_spec(self.manifest, self.settings, plan, seed if augment_crop else None)
         first = start_step * global_batch_size
@@ -95,6 +104,14 @@ class ClipCache:
         clips = plan.clips_per_epoch
         starts = range(rank * micro_batch_size, clips, world_size * micro_batch_size)
         yield from self._examples(plan, spec, ((start, min(start + micro_batch_size, clips)) for start in starts))
+
+    def _weigh(self, groups: tuple[RowGroupRef, ...]) -> ClipWeights:
+        firsts = [self._first_clip[_key(group)] for group in groups]
+        labels = [
+            [[int(label) for label in clip.label_ids] for clip in self._clips[first : first + group.clips]]
+            for first, group in zip(firsts, groups, strict=True)
+        ]
+        return balancing_weights(labels, len(self.manifest.label_names))
 
     def _examples(self, plan: ClipPlan, spec: ExampleSpec, spans: Iterator[tuple[int, int]]) -> Iterator[MicroBatch]:
         missing = [group for group in plan.row_groups if (group.file, group.index) not in self._first_clip]
@@ -152,7 +169,8 @@ def materialize_clips(
         shuffle_window_clips=settings.shuffle_window_clips,
         shuffled=False,
     )
-    reader = open_reader(dataset, manifest, plan, labels)
+    check_schema(dataset, manifest)
+    reader = open_reader(dataset, manifest, plan, settings, labels)
     needed_mib = decoded_mib(manifest, plan)
     store_mib = ray.cluster_resources().get("object_store_memory", 0.0) / 2**20
     limit_mib = STORE_FRACTION * store_mib if limit_mib is None else limit_mib

@@ -1,6 +1,8 @@
 """`dataset.json`: what a prepared data set holds, and where each row group of its shards is.
 
-A prepared data set is `DIR/dataset.json`, `DIR/shards/*.parquet` and `DIR/quarantine.parquet`. Shard columns:
+A prepared data set is `DIR/dataset.json`, `DIR/shards/*.parquet`, and the accounts of its source files:
+`DIR/index/*.parquet` (source, clip_id, row_group, num_samples, labels), `DIR/quarantine.parquet` and
+`DIR/skipped.parquet` (path, reason, detail, bytes). Shard columns:
 `clip_id: string, audio: binary (FLAC, 16 kHz, mono, 16 bit), num_samples: int32, labels: list<int16>, fold: int8,
 split: string`. A row group never mixes folds or splits, so choosing folds means choosing row groups: nothing that is
 not wanted is read.
@@ -60,6 +62,10 @@ class DatasetManifest(Section):
     source_files: int
     quarantined: int
     """Source files listed in quarantine.parquet."""
+    skipped: int = 0
+    """Source files listed in skipped.parquet: not wanted, and not among `source_files`."""
+    missing: int = 0
+    """Recordings that the source's tables name and the source does not hold."""
     shards: tuple[Shard, ...]
     settings: dict[str, str | int | float] = {}
     """How `prepare` made it; the same source and settings give the same bytes."""

@@ -4,11 +4,16 @@ A plan is the concatenation of epochs 0, 1, 2, ...; a *position* counts clips fr
 g is positions [g * G, (g + 1) * G) whatever the number of workers, and to resume is to start at a position. An epoch
 permutes the chosen row groups, cuts them into windows of whole row groups and permutes the clips of each window, so it
 holds every clip exactly once, and storage is read one row group at a time.
+
+With weights an epoch is as long but holds a clip about as often as its weight asks: the expected number of copies,
+rounded up or down at random (systematic resampling), so that rare classes are seen as often as frequent ones and
+storage is still read one row group at a time.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -46,6 +51,28 @@ class Window:
         return self.first_position + len(self.rows_P)
 
 
+@dataclass(frozen=True, eq=False)
+class ClipWeights:
+    """How often clips are to occur, relative to each other: an array for each row group of a plan, all positive."""
+
+    by_group: tuple[np.ndarray, ...]
+
+    @cached_property
+    def expected_N(self) -> np.ndarray:
+        """Expected copies of each clip in an epoch; their sum is the number of clips."""
+        weights_N = np.concatenate(self.by_group).astype(np.float64)
+        return weights_N * (len(weights_N) / weights_N.sum())
+
+
+@lru_cache(maxsize=4)
+def _copies(weights: ClipWeights, seed: int, epoch: int) -> np.ndarray:
+    """Copies of each clip in one epoch."""
+    ends_N = np.cumsum(weights.expected_N)
+    ends_N[-1] = len(ends_N)  # what rounding took
+    marks_N = np.floor(ends_N + _generator(seed, epoch, 0, 1).random())
+    return np.diff(marks_N, prepend=0.0).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class ClipPlan:
     """The endless order of clips; build it with `build_plan`."""
@@ -55,6 +82,8 @@ class ClipPlan:
     row_groups_per_window: int
     shuffled: bool = True
     """Off: every epoch is in the manifest's order."""
+    weights: ClipWeights | None = None
+    """How often clips occur; every clip once in an epoch where None."""
 
     @property
     def clips_per_epoch(self) -> int:
@@ -68,11 +97,13 @@ class ClipPlan:
         """The window number `ordinal` of the whole plan."""
         epoch, index = divmod(ordinal, self.windows_per_epoch)
         order_G = self._epoch_order(epoch)
-        starts_W, clips = self._window_starts(order_G)
+        starts_W, clips = self._window_starts(epoch, order_G)
         first = index * self.row_groups_per_window
-        chosen = tuple(self.row_groups[i] for i in order_G[first : first + self.row_groups_per_window])
-        slots_P = np.repeat(np.arange(len(chosen)), [group.clips for group in chosen])
-        rows_P = np.concatenate([np.arange(group.clips) for group in chosen])
+        places = order_G[first : first + self.row_groups_per_window]
+        chosen = tuple(self.row_groups[place] for place in places)
+        parts = [self._rows(epoch, place) for place in places]
+        slots_P = np.repeat(np.arange(len(chosen)), [len(part) for part in parts])
+        rows_P = np.concatenate(parts)
         if self.shuffled:
             shuffle_P = _generator(self.seed, epoch, index + 1).permutation(len(rows_P))
             slots_P, rows_P = slots_P[shuffle_P], rows_P[shuffle_P]
@@ -81,7 +112,7 @@ class ClipPlan:
     def window_at(self, position: int) -> int:
         """The ordinal of the window that holds a position."""
         epoch, place = divmod(position, self.clips_per_epoch)
-        starts_W, _ = self._window_starts(self._epoch_order(epoch))
+        starts_W, _ = self._window_starts(epoch, self._epoch_order(epoch))
         return epoch * self.windows_per_epoch + int(np.searchsorted(starts_W, place, side="right")) - 1
 
     def windows_between(self, start: int, stop: int) -> range:
@@ -93,8 +124,23 @@ class ClipPlan:
             return np.arange(len(self.row_groups))
         return _generator(self.seed, epoch, 0).permutation(len(self.row_groups))
 
-    def _window_starts(self, order_G: np.ndarray) -> tuple[np.ndarray, int]:
-        clips_G = np.array([group.clips for group in self.row_groups], dtype=np.int64)[order_G]
+    @cached_property
+    def _group_starts(self) -> np.ndarray:
+        return np.cumsum([0, *(group.clips for group in self.row_groups)])
+
+    def _rows(self, epoch: int, place: int) -> np.ndarray:
+        """The rows of one row group that an epoch holds, some of them several times where the plan has weights."""
+        rows = np.arange(self.row_groups[place].clips)
+        if self.weights is None:
+            return rows
+        first, stop = self._group_starts[place : place + 2]
+        return np.repeat(rows, _copies(self.weights, self.seed, epoch)[first:stop])
+
+    def _window_starts(self, epoch: int, order_G: np.ndarray) -> tuple[np.ndarray, int]:
+        clips_G = np.array([group.clips for group in self.row_groups], dtype=np.int64)
+        if self.weights is not None:
+            clips_G = np.add.reduceat(_copies(self.weights, self.seed, epoch), self._group_starts[:-1])
+        clips_G = clips_G[order_G]
         before_G = np.cumsum(clips_G) - clips_G
         return before_G[:: self.row_groups_per_window], int(clips_G.sum())
 
@@ -107,8 +153,12 @@ def build_plan(
     splits: Sequence[str] = (),
     shuffle_window_clips: int = 1024,
     shuffled: bool = True,
+    weigh: Callable[[tuple[RowGroupRef, ...]], ClipWeights] | None = None,
 ) -> ClipPlan:
-    """The plan over the clips of the given folds and splits; empty means all. UserError where nothing matches."""
+    """The plan over the clips of the given folds and splits; empty means all. UserError where nothing matches.
+
+    weigh: gives the weights of the chosen row groups' clips, for balanced sampling.
+    """
     _check_exist("data.folds", folds, {group.fold for shard in manifest.shards for group in shard.row_groups})
     _check_exist("data.splits", splits, {group.split for shard in manifest.shards for group in shard.row_groups})
     chosen = tuple(
@@ -123,7 +173,21 @@ def build_plan(
             f"data.folds={list(folds)}, data.splits={list(splits)}: no clip of {manifest.name!r} is in both; widen them"
         )
     per_window = max(1, round(shuffle_window_clips * len(chosen) / clips))
-    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled)
+    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled, weigh(chosen) if weigh else None)
+
+
+def balancing_weights(labels_by_group: Sequence[Sequence[Sequence[int]]], num_labels: int) -> ClipWeights:
+    """Weights under which every label is drawn about equally often: the sum of 1 / count over a clip's labels.
+
+    labels_by_group: the label ids of each clip, by row group. A clip without labels gets the smallest weight of all.
+    Source: the AudioSet recipe of PSLA and AST.
+    """
+    flat = [label for group in labels_by_group for labels in group for label in labels]
+    share_C = 1.0 / np.maximum(np.bincount(np.array(flat, dtype=np.int64), minlength=num_labels), 1)
+    by_group = [np.array([share_C[list(labels)].sum() for labels in group]) for group in labels_by_group]
+    positive = [float(part[part > 0].min()) for part in by_group if (part > 0).any()]
+    least = min(positive, default=1.0)
+    return ClipWeights(tuple(np.where(part > 0, part, least) for part in by_group))
 
 
 def micro_batch_start(first_position: int, index: int, rank: int, num_workers: int, micro_batch_size: int) -> int:

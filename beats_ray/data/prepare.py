@@ -4,14 +4,19 @@
 
 One Ray Data job: each task takes the files of one shard, decodes and checks them and writes the shard straight to
 storage, so the driver sees counts only and memory does not grow with the data. `dataset.json` comes last: a folder
-without it holds no data set, and the same command starts it over. The same source and settings give the same bytes on
-any cluster, because the plan depends on the list of files alone.
+without it holds no data set, and the same command goes on with the shards that are missing. The same source and
+settings give the same bytes on any cluster, because the plan depends on the list of files alone.
+
+Every file of the source is accounted for once: in `index/` (the clips of each file), in `quarantine.parquet` (files
+that cannot be used, and why), or in `skipped.parquet` (files that the layout does not want). `beats_ray.data.verify`
+proves it.
 """
 
 import hashlib
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -20,16 +25,42 @@ from typing import Any
 import pyarrow as pa
 
 from beats_ray.config import PrepareConfig, UserError
-from beats_ray.data.datasets.esc50 import read_esc50
+from beats_ray.data.datasets.audioset import read_audioset
+from beats_ray.data.datasets.csv_table import read_csv_table
+from beats_ray.data.datasets.esc50 import check_layout, read_esc50
+from beats_ray.data.datasets.folder import read_folder
+from beats_ray.data.datasets.parquet import read_parquet
+from beats_ray.data.datasets.speech_commands import read_speech_commands
+from beats_ray.data.datasets.unlabelled import read_unlabelled
+from beats_ray.data.datasets.webdataset import read_webdataset
 from beats_ray.data.decode import MIN_SAMPLES
 from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, read_manifest
-from beats_ray.data.shard_writer import FbankSums, ShardPlan, ShardResult, write_shard
-from beats_ray.data.source import Quarantined, SourceClip, SourceListing
+from beats_ray.data.shard_writer import FbankSums, ShardPlan, ShardResult, finished_result, write_shard
+from beats_ray.data.source import (
+    Quarantined,
+    Reader,
+    SourceClip,
+    SourceListing,
+    in_zip_too,
+    require_folder,
+    source_root,
+    undecodable_files,
+)
 from beats_ray.data.storage import Place, StorageError, open_place, write_table
 
-READERS: dict[str, Callable[[Place], SourceListing]] = {"esc50": read_esc50}
+READERS: dict[str, Reader] = {
+    "esc50": in_zip_too(read_esc50),
+    "audioset": in_zip_too(read_audioset),
+    "speech_commands": in_zip_too(read_speech_commands),
+    "folder": in_zip_too(read_folder),
+    "csv": in_zip_too(read_csv_table),
+    "unlabelled": in_zip_too(read_unlabelled),
+    "parquet": read_parquet,
+    "webdataset": read_webdataset,
+}
 """`kind` of the configuration to the function that lists such a source."""
 
+THREADS = 16  # small requests to storage at one time
 MIN_SHARDS = 16  # a small data set is split finer than `shard_mib` says: a shard is one task
 EXPANSION = {".wav": 0.25, ".aif": 0.25, ".aiff": 0.25, ".au": 0.25, ".caf": 0.25, ".w64": 0.25, ".flac": 0.5}
 OTHER_EXPANSION = 2.0  # lossy formats
@@ -60,13 +91,19 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
             f"data.max_clip_seconds={config.data.max_clip_seconds:g}: must be at least "
             f"{2 * MIN_SAMPLES / SAMPLE_RATE_HZ:g}; a clip needs one frame of the filterbank"
         )
-    listing = READERS[config.kind](source)
+    if config.data.overlap_seconds > config.data.max_clip_seconds / 2:
+        raise UserError(
+            f"data.overlap_seconds={config.data.overlap_seconds:g}: must be at most half of data.max_clip_seconds="
+            f"{config.data.max_clip_seconds:g}; lower it"
+        )
+    listing = READERS[config.kind](source, config.layout)
+    listing.quarantined += undecodable_files(source)
     _check_quarantine(config, output, listing.num_files, listing.quarantined)
-    plans = plan_shards(config, source, output, listing.clips)
-    done = len(listing.quarantined)
+    plans = plan_shards(config, source_root(source), output, listing.clips)
+    results = _finished_shards(plans)
+    done = len(listing.quarantined) + sum(result.num_files for result in results.values())
     on_progress(done, listing.num_files)
-    results: dict[int, ShardResult] = {}
-    for index, result in _run_on_ray(plans):
+    for index, result in _run_on_ray({index: plan for index, plan in enumerate(plans) if index not in results}):
         results[index] = result
         done += result.num_files
         on_progress(done, listing.num_files)
@@ -74,10 +111,24 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     quarantined = listing.quarantined + [bad for result in ordered for bad in result.quarantined]
     _check_quarantine(config, output, listing.num_files, quarantined)
     manifest = _manifest(config, source, listing, ordered, len(quarantined))
-    _delete_shards(output, keep={shard.file for shard in manifest.shards})
+    _delete_others(output / "shards", {shard.file for shard in manifest.shards})
+    _delete_others(output / "index", {plan.index.name for plan in plans})
     write_table(output / "quarantine.parquet", _quarantine_table(quarantined))
+    write_table(output / "skipped.parquet", _quarantine_table(listing.skipped))
     (output / "dataset.json").write_json(manifest.model_dump(mode="json"))
     return manifest
+
+
+def check_source(config: PrepareConfig) -> None:
+    """UserError for a source that is not there, empty or plainly not of this kind: what needs no cluster to see."""
+    source = open_place(config.source)
+    if not source.exists():
+        raise UserError(f"source={config.source}: does not exist; check the path")
+    if source.is_dir():
+        require_folder(source)
+        if config.kind == "esc50":
+            check_layout(source)
+    open_place(config.output)
 
 
 def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list[SourceClip]) -> list[ShardPlan]:
@@ -87,7 +138,7 @@ def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list
         by_part[clip.split, clip.fold].append(clip)
     groups: list[tuple[SourceClip, ...]] = []
     for part in sorted(by_part):
-        ordered = sorted(by_part[part], key=lambda clip: hashlib.sha256(clip.clip_id.encode()).digest())
+        ordered = sorted(by_part[part], key=_shuffled)
         count = -(-len(ordered) // config.data.row_group_clips)
         cuts = [len(ordered) * place // count for place in range(count + 1)]
         groups += [tuple(ordered[start:stop]) for start, stop in pairwise(cuts)]
@@ -105,12 +156,22 @@ def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list
         ShardPlan(
             source=source,
             target=output / "shards" / f"{index:05d}.parquet",
+            index=output / "index" / f"{index:05d}.parquet",
             groups=tuple(shard),
             row_group_clips=config.data.row_group_clips,
             max_clip_seconds=config.data.max_clip_seconds,
+            overlap_seconds=config.data.overlap_seconds,
+            file_timeout_seconds=config.data.file_timeout_seconds,
         )
         for index, shard in enumerate(shards)
     ]
+
+
+def _shuffled(clip: SourceClip) -> tuple[bytes, str]:
+    """Sorts clips in an order that has nothing to do with names, but leaves rows together that are read together."""
+    container, inside, rest = clip.path.partition(".parquet!/")
+    read_as_one = f"{container}{inside}{rest.split('/')[0]}" if inside else clip.clip_id
+    return hashlib.sha256(read_as_one.encode()).digest(), clip.path
 
 
 def _prepared_bytes(clip: SourceClip) -> float:
@@ -118,8 +179,10 @@ def _prepared_bytes(clip: SourceClip) -> float:
 
 
 def _settings(config: PrepareConfig) -> dict[str, str | int | float]:
-    """What the bytes depend on; the tolerance for bad files is not among it."""
-    return {"kind": config.kind} | config.data.model_dump(exclude={"max_bad_clip_fraction"})
+    """What the bytes depend on; the tolerance for bad and slow files is not among it."""
+    settings = config.data.model_dump(exclude={"max_bad_clip_fraction", "file_timeout_seconds"})
+    changed = config.layout.model_dump(mode="json", exclude_defaults=True)
+    return {"kind": config.kind} | settings | {f"layout.{name}": str(value) for name, value in changed.items()}
 
 
 def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetManifest | None:
@@ -137,7 +200,14 @@ def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetMan
     return manifest
 
 
-def _run_on_ray(plans: list[ShardPlan]) -> Iterator[tuple[int, ShardResult]]:
+def _finished_shards(plans: list[ShardPlan]) -> dict[int, ShardResult]:
+    """What an earlier run that was stopped has done already."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = threads.map(finished_result, plans)
+        return {index: result for index, result in enumerate(found) if result is not None}
+
+
+def _run_on_ray(plans: dict[int, ShardPlan]) -> Iterator[tuple[int, ShardResult]]:
     """Yields each shard's index and result as it is done. Storage faults come as StorageError, on the driver."""
     import ray
 
@@ -145,7 +215,7 @@ def _run_on_ray(plans: list[ShardPlan]) -> Iterator[tuple[int, ShardResult]]:
         return
     with _quiet_ray_data():
         # Pickled here: Ray Data would try Arrow first and complain.
-        items = [{"index": index, "plan": pickle.dumps(plan)} for index, plan in enumerate(plans)]
+        items = [{"index": index, "plan": pickle.dumps(plan)} for index, plan in plans.items()]
         results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task)
         for row in results.iter_rows():
             if row["error"]:
@@ -179,7 +249,8 @@ def _check_quarantine(config: PrepareConfig, output: Place, num_files: int, bad:
     limit = config.data.max_bad_clip_fraction
     if len(bad) < num_files and len(bad) <= limit * num_files:
         return
-    _delete_shards(output)
+    for name in ("shards", "index"):
+        _delete_others(output / name, set())
     write_table(output / "quarantine.parquet", _quarantine_table(bad))
     (reason, worst), *others = Counter(item.reason for item in bad).most_common()
     names = sorted(item.path.rsplit("/", 1)[-1] for item in bad if item.reason == reason)
@@ -197,8 +268,8 @@ def _quarantine_table(bad: list[Quarantined]) -> pa.Table:
     return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
 
 
-def _delete_shards(output: Place, keep: frozenset[str] | set[str] = frozenset()) -> None:
-    for place in (output / "shards").list():
+def _delete_others(folder: Place, keep: set[str]) -> None:
+    for place in folder.list():
         if place.name not in keep and place.name.endswith(".parquet"):
             place.delete()
 
@@ -226,6 +297,8 @@ def _manifest(
         source=source.uri,
         source_files=listing.num_files,
         quarantined=num_bad,
+        skipped=len(listing.skipped),
+        missing=listing.missing,
         shards=shards,
         settings=_settings(config),
     )

@@ -5,7 +5,8 @@ The tasks of the stream run this, so it imports pyarrow and numpy only.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beats_ray.config import UserError
-from beats_ray.data.manifest import DatasetManifest, shards_fingerprint
+from beats_ray.data.manifest import DatasetManifest, Shard, shards_fingerprint
 from beats_ray.data.plan import ClipPlan, RowGroupRef, Window
-from beats_ray.data.storage import Place, storage_errors
+from beats_ray.data.storage import Place, storage_errors, with_retries
 
 COLUMNS = ["clip_id", "audio", "num_samples", "labels"]
 READ_THREADS = 8  # row groups in flight in one task: object stores answer late and in parallel
 EMIT_CLIPS = 64  # rows in one table on the way to the decode tasks
 OPEN_FOOTERS = 1024
+LABEL_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,30 @@ class WindowReader:
     """sha256 of each shard: footers are remembered by it, so a data set prepared again is read afresh."""
     labels_version: str = ""
     """What `check_labels` returned: the same for the labels' footers."""
+    retry_seconds: float = 0.0
+    """How long a read is tried again while storage fails."""
 
     def read(self, ordinals: range, start: int, stop: int) -> Iterator[pa.Table]:
-        """The rows of positions [start, stop) that lie in these windows, in the plan's order, with their position."""
+        """The rows of positions [start, stop) that lie in these windows, in the plan's order.
+
+        Two columns are added: `position`, and `read_seconds`, the time that this task waited for storage, per clip.
+        """
         with ThreadPoolExecutor(READ_THREADS) as threads:
             for ordinal in ordinals:
                 window = self.plan.window(ordinal)
+                begun = time.perf_counter()
                 tables = list(threads.map(self.read_row_group, window.row_groups))
-                yield from _rows_in_order(window, tables, start, stop)
+                seconds = (time.perf_counter() - begun) / max(1, len(window.rows_P))
+                yield from _rows_in_order(window, tables, (start, stop), seconds)
 
     def read_row_group(self, group: RowGroupRef) -> pa.Table:
         """The wanted columns of one row group, `patch_labels` among them where the stream has labels."""
-        rows = _read_row_group(self.dataset / "shards" / group.file, self.versions[group.file], group, COLUMNS)
+        rows = self._read(self.dataset, self.versions[group.file], group, COLUMNS)
         if self.labels is None:
             return rows
         place = self.labels / "shards" / group.file
         try:
-            labels = _read_row_group(place, self.labels_version, group, ["clip_id", "labels"])
+            labels = self._read(self.labels, self.labels_version, group, ["clip_id", "labels"])
         except FileNotFoundError:
             raise UserError(f"{place.uri}: missing; run `beats-ray tokenize` again") from None
         if not labels.column("clip_id").equals(rows.column("clip_id")):
@@ -61,6 +70,53 @@ class WindowReader:
                 f"{self.dataset.uri}; run `beats-ray tokenize` again"
             )
         return rows.append_column("patch_labels", labels.column("labels"))
+
+    def _read(self, folder: Place, version: str, group: RowGroupRef, columns: list[str]) -> pa.Table:
+        place = folder / "shards" / group.file
+        return with_retries(lambda: _read_row_group(place, version, group, columns), self.retry_seconds)
+
+
+def clip_labels(dataset: Place, groups: Sequence[RowGroupRef], retry_seconds: float) -> list[list[list[int]]]:
+    """The label ids of each clip, by row group: one small column of every shard is read, no audio."""
+
+    def read(group: RowGroupRef) -> list[list[int]]:
+        place = dataset / "shards" / group.file
+        table = with_retries(lambda: _read_row_group(place, dataset.uri, group, ["labels"]), retry_seconds)
+        found: list[list[int]] = table["labels"].to_pylist()
+        return found
+
+    with ThreadPoolExecutor(LABEL_THREADS) as threads:
+        return list(threads.map(read, groups))
+
+
+def check_schema(dataset: Place, manifest: DatasetManifest) -> None:
+    """UserError unless every shard is there with its size, and the first and last have the columns of this format.
+
+    Cheap, so that a run can ask before it starts; `beats-ray prepare --verify` reads everything.
+    """
+    sizes = (dataset / "shards").sizes()
+    for shard in manifest.shards:
+        if sizes.get(shard.file) != shard.bytes:
+            found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
+            raise UserError(
+                f"{dataset.uri}/shards/{shard.file}: {found}, dataset.json says {shard.bytes} bytes; copy it again or "
+                "prepare the data set again"
+            )
+    for shard in {one.file: one for one in manifest.shards[:1] + manifest.shards[-1:]}.values():
+        _check_columns(dataset / "shards" / shard.file, shard)
+
+
+def _check_columns(place: Place, shard: Shard) -> None:
+    footer = _footer(place, shard.sha256)
+    present = footer.schema.to_arrow_schema()
+    for name in COLUMNS:
+        if name not in present.names:
+            raise UserError(f"{place.uri}: column {name!r} is missing; prepare the data set again")
+    if footer.num_row_groups != len(shard.row_groups):
+        raise UserError(
+            f"{place.uri}: has {footer.num_row_groups} row groups, dataset.json says {len(shard.row_groups)}; "
+            "prepare the data set again"
+        )
 
 
 def check_labels(labels: Place, manifest: DatasetManifest, dataset: Place) -> str:
@@ -84,15 +140,18 @@ def check_labels(labels: Place, manifest: DatasetManifest, dataset: Place) -> st
     return hashlib.sha256(content).hexdigest()
 
 
-def _rows_in_order(window: Window, tables: list[pa.Table], start: int, stop: int) -> Iterator[pa.Table]:
-    first = max(start, window.first_position) - window.first_position
-    last = min(stop, window.stop_position) - window.first_position
+def _rows_in_order(
+    window: Window, tables: list[pa.Table], span: tuple[int, int], read_seconds: float
+) -> Iterator[pa.Table]:
+    first = max(span[0], window.first_position) - window.first_position
+    last = min(span[1], window.stop_position) - window.first_position
     for begin in range(first, last, EMIT_CLIPS):
         places_B = np.arange(begin, min(begin + EMIT_CLIPS, last))
         slots_B, rows_B = window.slots_P[places_B], window.rows_P[places_B]
         by_group_B = np.argsort(slots_B, kind="stable")
         parts = [tables[slot].take(pa.array(rows_B[slots_B == slot])) for slot in np.unique(slots_B)]
         rows = pa.concat_tables(parts).take(pa.array(np.argsort(by_group_B)))
+        rows = rows.append_column("read_seconds", pa.array(np.full(len(places_B), read_seconds, np.float32)))
         yield rows.add_column(0, "position", pa.array(window.first_position + places_B, pa.int64())).combine_chunks()
 
 
@@ -109,5 +168,5 @@ def _read_row_group(place: Place, version: str, group: RowGroupRef, columns: lis
 
 @lru_cache(maxsize=OPEN_FOOTERS)
 def _footer(place: Place, _version: str) -> pq.FileMetaData:
-    with place.filesystem.open_input_file(place.path) as stream:
+    with storage_errors(place.uri), place.filesystem.open_input_file(place.path) as stream:
         return pq.read_metadata(stream)

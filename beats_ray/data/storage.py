@@ -10,12 +10,12 @@ environment variables. Every write is atomic: a reader sees the old content or t
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -24,6 +24,10 @@ from beats_ray.config import UserError
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 REQUEST_TIMEOUT_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 15.0
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,12 @@ class Place:
             infos = self.filesystem.get_file_info(selector)
         paths = sorted(info.path for info in infos)
         return [Place(self.uri + path[len(self.path) :], path) for path in paths]
+
+    def sizes(self) -> dict[str, int]:
+        """Names and sizes in bytes of the files directly below; empty where the folder does not exist."""
+        with storage_errors(self.uri):
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return {info.base_name: int(info.size) for info in infos if info.type == fs.FileType.File}
 
     def read_bytes(self) -> bytes:
         """The whole content. FileNotFoundError where there is none."""
@@ -164,6 +174,12 @@ class Place:
                 target.write_bytes(source.read_bytes())
         return folder
 
+    def copy_to(self, target: "Place") -> None:
+        """Copies every file below this place to below another."""
+        for source in self.list(recursive=True):
+            if not source.is_dir():
+                (target / source.path[len(self.path) + 1 :]).write_bytes(source.read_bytes())
+
     def _info(self) -> fs.FileInfo:
         with storage_errors(self.uri):
             return self.filesystem.get_file_info(self.path)
@@ -205,19 +221,40 @@ class storage_errors:
             raise StorageError(f"{self.uri}: {error.strerror or ' '.join(str(error).split())}") from error
         endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS"
         text = " ".join(str(error).split())
+        passing = False
         if "ACCESS_DENIED" in text or "ACCESS_KEY" in text or "HTTP status 403" in text or "SIGNATURE" in text.upper():
             reason = "refused the request; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         elif "HTTP status 400" in text:  # what a request without keys, or with another region's, gets
             reason = "refused the request; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
         elif "NETWORK_CONNECTION" in text or "onnect" in text:
-            reason = "cannot be reached; check AWS_ENDPOINT_URL and that the store runs"
+            reason, passing = "cannot be reached; check AWS_ENDPOINT_URL and that the store runs", True
         else:
-            reason = text[:300]
-        raise StorageError(f"{self.uri}: object store at {endpoint} {reason}") from error
+            reason, passing = text[:300], True
+        failure = StorageError(f"{self.uri}: object store at {endpoint} {reason}")
+        failure.passing = passing
+        raise failure from error
 
 
 class StorageError(UserError, OSError):
-    """The object store did not do what it was asked for."""
+    """The object store did not do what it was asked for.
+
+    `passing`: whether asking again may help, as for time-outs, cut connections, 429 and 5xx.
+    """
+
+    passing: bool = False
+
+
+def with_retries(work: Callable[[], ResultT], seconds: float) -> ResultT:
+    """The result of `work`, repeated with growing pauses while storage fails in a way that passes, at most so long."""
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+    attempts = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.passing),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS),
+        stop=stop_after_delay(seconds),
+        reraise=True,
+    )
+    return attempts(work)
 
 
 def _s3_environment() -> tuple[str | None, str | None, bool]:

@@ -1,33 +1,35 @@
 """The stream: the Ray Data graph from shards to micro-batches, in the order of the plan.
 
-    windows of the plan -> read row groups (range reads, wanted columns only) -> decode, crop, pad -> blocks of
-    micro_batch_size clips, dealt to the workers in turn
+    windows of the plan -> read row groups (range reads, wanted columns only) -> decode, crop, pad -> blocks of several
+    micro-batches of one worker, dealt to the workers in turn
 
 With `preserve_order` (see `execution_options`) Ray's `streaming_split(equal=True)` hands block i to worker i % n, so
-the global batch of a step holds the same clips for any number of workers; `iterate_micro_batches` checks it.
+the global batch of a step holds the same clips for any number of workers; `iterate_micro_batches` checks it. Every
+block costs Ray the same time whatever its size, so a block holds as many micro-batches as fit `BLOCK_CLIPS`.
 
     stream = build_stream(dataset, manifest, settings, seed=0, global_batch_size=64, micro_batch_size=8,
-                          start_step=0, stop_step=1000)
+                          start_step=0, stop_step=1000, num_workers=2)
     trainer = TorchTrainer(..., datasets={"train": lambda: stream},
                            dataset_config=DataConfig(execution_options=execution_options(settings, num_workers)))
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
-from beats_ray.config import StreamSettings
+from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.plan import ClipPlan, build_plan
-from beats_ray.data.shards import WindowReader, check_labels
+from beats_ray.data.plan import ClipPlan, ClipWeights, RowGroupRef, balancing_weights, build_plan
+from beats_ray.data.shards import WindowReader, check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ __all__ = [
     "required_cpus",
 ]
 
+DATA_NODE_LABELS = {"beats-ray/role": "data"}
+"""Label of the nodes of a cluster that read and decode and do not train."""
+BLOCK_CLIPS = 64  # in one block, if a micro-batch has fewer
+TASK_CLIPS = 256  # at most so many clips, of all workers, are decoded and dealt by one call
 READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
 MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks
 DEFAULTS = StreamSettings()
@@ -59,27 +65,37 @@ def build_stream(
     micro_batch_size: int,
     start_step: int,
     stop_step: int,
+    num_workers: int = 1,
     labels: Place | None = None,
     augment_crop: bool = True,
 ) -> "Dataset":
-    """The clips of steps [start_step, stop_step) in blocks of exactly micro_batch_size, in the order of the plan.
+    """The clips of steps [start_step, stop_step), in blocks that hold consecutive micro-batches of one worker.
 
     Columns: position int64, clip_id string, audio int16 (S,), num_samples int32, targets uint8 (C,) and, with labels,
-    patch_labels int16 (N,). The order depends on seed, folds, splits and shuffle_window_clips, never on the number of
-    workers or on start_step. UserError where no clip matches or the labels are not those of this data set.
+    patch_labels int16 (N,). Which clips a step holds depends on seed, folds, splits and shuffle_window_clips, never on
+    the number of workers or on start_step. The last blocks may go on a little beyond stop_step. UserError where no
+    clip matches or the labels are not those of this data set.
     """
-    assert global_batch_size % micro_batch_size == 0, (global_batch_size, micro_batch_size)
+    assert global_batch_size % (micro_batch_size * num_workers) == 0, (global_batch_size, micro_batch_size, num_workers)
+    check_schema(dataset, manifest)
     plan = build_plan(
         manifest,
         seed=seed,
         folds=settings.folds,
         splits=settings.splits,
         shuffle_window_clips=settings.shuffle_window_clips,
+        weigh=weigher(dataset, manifest, settings),
     )
-    reader = open_reader(dataset, manifest, plan, labels)
+    reader = open_reader(dataset, manifest, plan, settings, labels)
     spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
+    round_clips = micro_batch_size * num_workers
+    rounds = max(1, min(BLOCK_CLIPS // micro_batch_size, TASK_CLIPS // round_clips))
     start, stop = start_step * global_batch_size, stop_step * global_batch_size
-    return _examples(read_windows(reader, settings, start, stop), spec, settings, micro_batch_size)
+    stop = start + -(-(stop - start) // (rounds * round_clips)) * rounds * round_clips  # whole blocks for every worker
+    rows = read_windows(reader, settings, start, stop)
+    decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
+    task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
+    return _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
 
 
 def build_eval_stream(
@@ -103,11 +119,12 @@ def build_eval_stream(
         shuffle_window_clips=settings.shuffle_window_clips,
         shuffled=False,
     )
-    reader = open_reader(dataset, manifest, plan, labels)
+    reader = open_reader(dataset, manifest, plan, settings, labels)
     spec = example_spec(manifest, settings, plan, None)
     unit = micro_batch_size * num_workers if num_workers else 1
     stop = -(-plan.clips_per_epoch // unit) * unit
-    return _examples(read_windows(reader, settings, 0, stop), spec, settings, micro_batch_size)
+    rows = read_windows(reader, settings, 0, stop)
+    return _in_blocks(rows, example_decoder(spec), settings, micro_batch_size, micro_batch_size)
 
 
 def execution_options(settings: StreamSettings = DEFAULTS, num_workers: int = 1) -> ExecutionOptions:
@@ -124,10 +141,26 @@ def required_cpus(settings: StreamSettings) -> float:
     return settings.read_tasks * READ_CPUS + settings.decode_cpus
 
 
-def open_reader(dataset: Place, manifest: DatasetManifest, plan: ClipPlan, labels: Place | None) -> WindowReader:
+def weigher(
+    dataset: Place, manifest: DatasetManifest, settings: StreamSettings
+) -> Callable[[tuple[RowGroupRef, ...]], ClipWeights] | None:
+    """What `build_plan` needs for `data.sampling`. UserError for balanced sampling of a set without labels."""
+    if settings.sampling == "uniform":
+        return None
+    if not manifest.label_names:
+        raise UserError(f"data.sampling=balanced: {dataset.uri} has no labels; use uniform")
+    return lambda groups: balancing_weights(
+        clip_labels(dataset, groups, settings.retry_seconds), len(manifest.label_names)
+    )
+
+
+def open_reader(
+    dataset: Place, manifest: DatasetManifest, plan: ClipPlan, settings: StreamSettings, labels: Place | None
+) -> WindowReader:
     """The reader of a plan's windows; UserError where the labels are not those of this data set."""
     versions = {shard.file: shard.sha256 for shard in manifest.shards}
-    return WindowReader(dataset, labels, plan, versions, check_labels(labels, manifest, dataset) if labels else "")
+    labels_version = check_labels(labels, manifest, dataset) if labels else ""
+    return WindowReader(dataset, labels, plan, versions, labels_version, settings.retry_seconds)
 
 
 def example_spec(
@@ -146,7 +179,11 @@ def read_windows(reader: WindowReader, settings: StreamSettings, start: int, sto
     """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order."""
     source = PlanSource(reader, start, stop)
     rows = ray.data.read_datasource(
-        source, override_num_blocks=source.num_tasks, concurrency=settings.read_tasks, num_cpus=READ_CPUS
+        source,
+        override_num_blocks=source.num_tasks,
+        concurrency=min(settings.read_tasks, source.num_tasks),
+        num_cpus=READ_CPUS,
+        **_placement(settings),
     )
     context = rows.context
     context.target_max_block_size = READ_BLOCK_BYTES
@@ -154,16 +191,41 @@ def read_windows(reader: WindowReader, settings: StreamSettings, start: int, sto
     return rows
 
 
-def _examples(rows: "Dataset", spec: ExampleSpec, settings: StreamSettings, micro_batch_size: int) -> "Dataset":
-    """Decoded clips in blocks of exactly micro_batch_size: rows of two read tasks are put together before decoding."""
-    examples = rows.map_batches(
-        example_decoder(spec), batch_size=micro_batch_size, batch_format="pyarrow", num_cpus=settings.decode_cpus
-    )
-    blocks = examples.repartition(target_num_rows_per_block=micro_batch_size, strict=True)
+def _in_blocks(
+    rows: "Dataset",
+    decode: Callable[[pa.Table], dict[str, np.ndarray]],
+    settings: StreamSettings,
+    task_clips: int,
+    block_clips: int,
+) -> "Dataset":
+    """Decoded clips in blocks of exactly block_clips; a call of `decode` gets task_clips, put together where needed."""
+    resources: Any = {"num_cpus": settings.decode_cpus} | _placement(settings)
+    examples = rows.map_batches(decode, batch_size=task_clips, batch_format="pyarrow", **resources)
+    blocks = examples.repartition(target_num_rows_per_block=block_clips, strict=True)
     # Ray runs both steps in one task where they ask for the same resources; `repartition` has no argument for them.
     repartition: Any = blocks._logical_plan.dag
-    repartition.ray_remote_args["num_cpus"] = settings.decode_cpus
+    repartition.ray_remote_args.update(resources)
     return blocks
+
+
+def data_node_labels(settings: StreamSettings) -> dict[str, str]:
+    """The labels of the nodes on which the tasks of the stream must run; empty where any node will do.
+
+    `auto` looks for nodes with `DATA_NODE_LABELS` in the cluster as it is; `data-nodes` asks for them in any case, so
+    that an autoscaler starts them.
+    """
+    if settings.placement == "anywhere":
+        return {}
+    if settings.placement == "data-nodes":
+        return dict(DATA_NODE_LABELS)
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    matching = [node for node in nodes if DATA_NODE_LABELS.items() <= (node.get("Labels") or {}).items()]
+    return dict(DATA_NODE_LABELS) if matching else {}
+
+
+def _placement(settings: StreamSettings) -> dict[str, Any]:
+    labels = data_node_labels(settings)
+    return {"label_selector": labels} if labels else {}
 
 
 class PlanSource(Datasource):

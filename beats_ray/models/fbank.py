@@ -19,6 +19,7 @@ PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0  # Kaldi's default
 POWER_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's, below which a bin counts as silence
 INT16_SCALE = 2.0**15
+CPU_BLOCK_FRAMES = 512  # 1 MiB of frames
 LOUDEST = 2.0**40  # far beyond any audio; keeps the power of absurd samples finite in fp32
 
 CountT = TypeVar("CountT", int, Tensor)
@@ -90,17 +91,30 @@ def zero_past_end(fbank_BTF: Tensor, num_frames_B: Tensor) -> Tensor:
 
 
 def _log_mel(scaled_BS: Tensor, num_mel_bins: int) -> Tensor:
-    # Kaldi's operations in Kaldi's order, so that rounding on silence, clicks and DC is Kaldi's too. In place, because
-    # a batch has tens of megabytes of frames, and fresh memory costs a CPU more than the arithmetic.
     frames_BTL = scaled_BS.unfold(-1, FRAME_SAMPLES, SHIFT_SAMPLES)
+    if scaled_BS.device.type != "cpu" or torch.compiler.is_compiling():
+        return _log_mel_of_frames(frames_BTL, num_mel_bins)
+    # A batch has tens of megabytes of frames, several times over: on a CPU the time goes into moving them, so a stretch
+    # of all clips that fits the cache is taken through all operations before the next one.
+    stretch = max(1, CPU_BLOCK_FRAMES // len(scaled_BS)) if len(scaled_BS) else 1
+    fbank_BTF = scaled_BS.new_empty(*frames_BTL.shape[:2], num_mel_bins)
+    for start in range(0, frames_BTL.shape[1], stretch):
+        part = slice(start, start + stretch)
+        fbank_BTF[:, part] = _log_mel_of_frames(frames_BTL[:, part], num_mel_bins)
+    return fbank_BTF
+
+
+def _log_mel_of_frames(frames_BTL: Tensor, num_mel_bins: int) -> Tensor:
+    # Kaldi's operations in Kaldi's order, so that rounding on silence, clicks and DC is Kaldi's too.
+    device = frames_BTL.device
     frames_BTL = frames_BTL - frames_BTL.mean(dim=-1, keepdim=True)
     padded_BTL = frames_BTL.new_zeros(*frames_BTL.shape[:2], FFT_SAMPLES)
     padded_BTL[..., :1] = frames_BTL[..., :1] * -PREEMPHASIS
     torch.mul(frames_BTL[..., :-1], -PREEMPHASIS, out=padded_BTL[..., 1:FRAME_SAMPLES])
-    padded_BTL[..., :FRAME_SAMPLES].add_(frames_BTL).mul_(_constant("window", 0, scaled_BS.device))
+    padded_BTL[..., :FRAME_SAMPLES].add_(frames_BTL).mul_(_constant("window", 0, device))
     spectrum_BTK = torch.fft.rfft(padded_BTL)
     power_BTK = spectrum_BTK.real.square().addcmul_(spectrum_BTK.imag, spectrum_BTK.imag)
-    energy_BTF = power_BTK @ _constant("mel", num_mel_bins, scaled_BS.device)
+    energy_BTF = power_BTK @ _constant("mel", num_mel_bins, device)
     return energy_BTF.clamp_(min=POWER_FLOOR).log_()
 
 

@@ -12,6 +12,7 @@ from beats_ray.config import (
     ConfigError,
     DistillConfig,
     FinetuneConfig,
+    InferenceSettings,
     Job,
     PretrainConfig,
     StreamSettings,
@@ -134,8 +135,8 @@ def _train(run: Run, console: Console) -> Written:
 
 
 def run_identity(config: Job) -> dict[str, Any]:
-    """What makes a run the same run: its config without where and on what cluster it runs."""
-    return config.model_dump(mode="json", exclude={"ray", "output"})
+    """What makes a run the same run: its config without where it runs and on how much of a cluster."""
+    return config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
 
 
 def _written(run: Run) -> Written:
@@ -217,6 +218,7 @@ def _stream_from_last_checkpoint(run: Run) -> Any:
         micro_batch_size=run.train.micro_batch_size,
         start_step=steps[-1] if steps else 0,
         stop_step=run.train.steps,
+        num_workers=run.train.num_workers,
         labels=open_place(labels) if labels else None,
     )
 
@@ -244,6 +246,7 @@ class watch:
         self._console = console
         self._stopped = threading.Event()
         self._shown_step = -1
+        self._warned = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -265,10 +268,25 @@ class watch:
             return
         if record["step"] == self._shown_step:
             return
-        self._shown_step = record["step"]
+        first, self._shown_step = self._shown_step < 0, record["step"]
+        self._warn(record, first)
         shown = {name: value for name, value in record.items() if name in _SHOWN}
         total = self._run.train.steps * self._run.train.global_batch_size
         self._console.progress(record["clips"], total, **{_SHOWN[name]: value for name, value in shown.items()})
+
+    def _warn(self, record: dict[str, float], first: bool) -> None:
+        """Says once what holds the run back; the first record has the start of the stream's processes in it."""
+        if first or self._warned:
+            return
+        import ray
+
+        from beats_ray.data.bottleneck import name_bottleneck
+
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        line = name_bottleneck(record, self._run.data, self._run.train, cpus)
+        if line is not None:
+            self._warned = True
+            self._console.note(f"warning: {line}")
 
 
 _SHOWN = {

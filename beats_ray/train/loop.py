@@ -173,7 +173,7 @@ def _fetch(
     task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: "_Meter"
 ) -> Prepared:
     batch = next(batches)
-    meter.waited(batch.wait_seconds)
+    meter.fetched(batch)
     generator = torch.Generator(context.device).manual_seed(seed_of(settings.seed, batch.first_position))
     return task.prepare(batch, generator, training=True)
 
@@ -198,8 +198,14 @@ class _Meter:
         self._started = self._last_time = time.perf_counter()
         self._wait_seconds = 0.0
 
-    def waited(self, seconds: float) -> None:
-        self._wait_seconds += seconds
+    def fetched(self, batch: MicroBatch) -> None:
+        """Counts what a batch cost before it was here."""
+        self._wait_seconds += batch.wait_seconds
+        if batch.decode_seconds:  # of clips that were streamed
+            device, clips = self._context.device, float(len(batch.clip_ids))
+            for name, seconds in (("read", batch.read_seconds), ("decode", batch.decode_seconds)):
+                pair = torch.tensor([seconds, clips], dtype=torch.double, device=device).unbind()
+                self._means.add({f"data/{name}_seconds_per_clip": (pair[0], pair[1])})
 
     def add(self, sums: MetricSums) -> None:
         self._means.add(sums)

@@ -70,6 +70,7 @@ class StreamedBatches:
             micro_batch_size=settings.micro_batch_size,
             prefetch_batches=self._run.data.prefetch_batches,
             first_step=first_step,
+            stop_step=settings.steps,
             global_batch_size=settings.global_batch_size,
             rank=self._context.rank,
             world_size=self._context.world_size,

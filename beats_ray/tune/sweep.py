@@ -101,7 +101,7 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> Non
     if board["best"] is None:
         errors = sorted({str(error).strip().splitlines()[-1] for error in results.errors})
         raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(errors) or 'all were stopped'}")
-    _copy(output / "trials" / board["best"]["trial_id"] / "model", output / "model")
+    (output / "trials" / board["best"]["trial_id"] / "model").copy_to(output / "model")
     for row in board["trials"]:  # the models of the others are of no further use
         if row["trial_id"] != board["best"]["trial_id"]:
             (output / "trials" / row["trial_id"] / "checkpoints").delete()
@@ -185,9 +185,3 @@ def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:
     rows.sort(key=lambda row: (-(row["validation_accuracy"] or 0.0), row["trial_id"]))
     finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
     return {"metric": METRIC, "trials": rows, "best": finished[0] if finished else None}
-
-
-def _copy(source: Place, target: Place) -> None:
-    for place in source.list(recursive=True):
-        if not place.is_dir():
-            (target / place.path[len(source.path) + 1 :]).write_bytes(place.read_bytes())

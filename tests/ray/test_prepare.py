@@ -1,10 +1,7 @@
 """`prepare` on a real Ray cluster: exact, repeatable, and nothing half-written when the source is bad."""
 
 import io
-import logging
-import os
-import tempfile
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from beats_ray.config import PrepareConfig, UserError, load_config
+from beats_ray.config import LayoutSettings, PrepareConfig, UserError, load_config
 from beats_ray.data.datasets.esc50 import read_esc50
 from beats_ray.data.decode import decode_clip, decode_flac
 from beats_ray.data.manifest import read_manifest
@@ -25,44 +22,12 @@ from beats_ray.data.storage import StorageError, open_place, read_table
 from beats_ray.models.fbank import compute_fbank
 from beats_ray.objectstore import EmbeddedObjectStore
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 ROOT = Path(__file__).parents[2]
 ESC10 = ROOT.parent / "shared/data/esc10"
 NUM_CLIPS = 100
 SMALL = ["data.row_group_clips=8", "data.shard_mib=0.5"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
-    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as store, pytest.MonkeyPatch.context() as patch:
-        store.make_bucket("beats")
-        for name, value in store.environment().items():
-            patch.setenv(name, value)
-        yield store
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(store: EmbeddedObjectStore) -> Iterator[None]:
-    """A private cluster whose processes inherit the store's environment."""
-    import ray
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-    ):
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=200 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +98,7 @@ def test_every_clip_is_there_as_decoded_and_the_manifest_tells_the_truth(raw: Pa
     assert calls[-1] == (NUM_CLIPS, NUM_CLIPS)
     assert calls == sorted(calls)
     assert read_manifest(open_place(str(tmp_path / "out"))) == manifest
-    listing = read_esc50(open_place(str(raw)))
+    listing = read_esc50(open_place(str(raw)), LayoutSettings())
     source = {clip.clip_id: clip for clip in listing.clips}
     seen, fbanks, samples = [], [], 0
     for shard in manifest.shards:
@@ -192,7 +157,8 @@ def test_object_storage_gives_the_same_bytes_as_a_local_folder(
     prepare(_config(raw, tmp_path / "local", *SMALL), _ignore)
     remote, local = _content(store.folder / "buckets/beats/data"), _content(tmp_path / "local")
     assert remote.keys() == local.keys()
-    assert {name for name in remote if remote[name] != local[name]} == {"dataset.json"}  # names its source
+    # These name the source that they were made from.
+    assert {name.split("/")[0] for name in remote if remote[name] != local[name]} == {"dataset.json", "index"}
     assert "GET OBJECT Bucket: beats Object: raw/audio/" in store.log_file.read_text()
 
 
@@ -259,7 +225,14 @@ def test_long_recordings_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
     wave = (np.random.default_rng(0).normal(size=16_000 * 25) * 3000).astype(np.int16)
     soundfile.write(tmp_path / "audio/long.wav", wave, 16_000)
     clip = SourceClip("audio/long.wav", "long", bytes=0, labels=(3,), fold=2)
-    plan = ShardPlan(open_place(str(tmp_path)), open_place(str(tmp_path / "x.parquet")), ((clip,),), 2, 10.0)
+    plan = ShardPlan(
+        open_place(str(tmp_path)),
+        open_place(str(tmp_path / "x.parquet")),
+        open_place(str(tmp_path / "index.parquet")),
+        ((clip,),),
+        2,
+        10.0,
+    )
     result = write_shard(plan)
     assert result.shard
     assert [group.clips for group in result.shard.row_groups] == [2, 1]
@@ -268,6 +241,17 @@ def test_long_recordings_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
     assert max(row["num_samples"] for row in rows) <= 160_000
     np.testing.assert_array_equal(np.concatenate([decode_flac(row["audio"]) for row in rows]), wave)
     assert [piece.size for piece in cut(wave[:160_000], 10.0)] == [160_000]
+
+
+def test_with_overlap_all_pieces_are_whole_and_together_hold_every_sample() -> None:
+    wave = np.arange(100_000, dtype=np.int32).astype(np.int16)
+    pieces = cut(wave, 2.0, 0.5)
+    assert {piece.size for piece in pieces} == {32_000}
+    starts = [int(np.flatnonzero(np.arange(100_000) % 65_536 == int(piece[0]) % 65_536)[0]) for piece in pieces]
+    assert starts[:2] == [0, 24_000]
+    assert all(later - earlier <= 24_000 for earlier, later in itertools.pairwise(starts))
+    assert pieces[-1][-1] == wave[-1]
+    assert [piece.size for piece in cut(wave[:31_999], 2.0, 0.5)] == [31_999]
 
 
 def test_the_plan_keeps_folds_and_splits_apart_and_fills_shards_evenly() -> None:

@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 
-from beats_ray.config import UserError
+from beats_ray.config import LayoutSettings, UserError
 from beats_ray.data.source import MAX_FOLD, Quarantined, SourceClip, SourceListing, list_audio, read_csv, require_folder
 from beats_ray.data.storage import Place
 
@@ -25,7 +25,7 @@ def check_layout(source: Place) -> None:
         raise UserError(f"source={source.uri}: audio/ holds no files; give a folder in ESC-50's layout")
 
 
-def read_esc50(source: Place) -> SourceListing:
+def read_esc50(source: Place, _layout: LayoutSettings) -> SourceListing:
     """All clips of the folder; rows and files that do not fit are quarantined, a malformed table is a UserError."""
     check_layout(source)
     sizes = list_audio(source / "audio")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from beats_ray.config import UserError
+from beats_ray.config import LayoutSettings, UserError
 from beats_ray.data.datasets.esc50 import check_layout, read_esc50
 from beats_ray.data.source import SourceListing
 from beats_ray.data.storage import open_place
@@ -33,7 +33,7 @@ def _folder(path: Path, rows: list[str], header: str = HEADER, without: tuple[st
 
 
 def _read(path: Path) -> SourceListing:
-    return read_esc50(open_place(str(path)))
+    return read_esc50(open_place(str(path)), LayoutSettings())
 
 
 def _reasons(listing: SourceListing) -> dict[str, str]:
@@ -59,7 +59,7 @@ def test_the_same_on_an_object_store(root: str, tmp_path: Path) -> None:
     _folder(tmp_path / "local", ROWS)
     place = open_place(root) / "esc"
     place.upload(tmp_path / "local")
-    assert read_esc50(place) == _read(tmp_path / "local")
+    assert read_esc50(place, LayoutSettings()) == _read(tmp_path / "local")
 
 
 def test_files_that_do_not_fit_are_quarantined_with_the_reason(tmp_path: Path) -> None:

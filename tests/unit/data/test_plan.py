@@ -14,6 +14,8 @@ from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
 from beats_ray.data.plan import (
     SAMPLES_PER_PATCH_ROW,
     ClipPlan,
+    RowGroupRef,
+    balancing_weights,
     build_plan,
     crop_offset,
     micro_batch_start,
@@ -177,3 +179,64 @@ def test_label_counts_are_those_of_the_models() -> None:
     for samples in [*range(0, 6000, 37), *islice(range(0, 500_000, 1), 159_990, 160_010), 80_000, 400, 399, 2799, 2800]:
         assert patch_labels_in(samples) == num_patches(samples), samples
     assert np.array_equal([patch_labels_in(80_000), patch_labels_in(160_000)], [248, 496])
+
+
+# --- balanced sampling ------------------------------------------------------------------------------------------------
+
+
+def labels_of(groups: tuple[RowGroupRef, ...]) -> list[list[list[int]]]:
+    """Label 0 nearly everywhere, label 1 on one clip in five, label 2 on a single clip; some clips have none."""
+    counter = iter(range(10_000))
+    found = []
+    for group in groups:
+        rows = []
+        for _ in range(group.clips):
+            number = next(counter)
+            rows.append([] if number % 11 == 7 else [2] if number == 3 else [0, 1] if number % 5 == 0 else [0])
+        found.append(rows)
+    return found
+
+
+def balanced_plan(seed: int = 5, window: int = 30) -> ClipPlan:
+    return build_plan(
+        MANIFEST,
+        seed=seed,
+        shuffle_window_clips=window,
+        weigh=lambda groups: balancing_weights(labels_of(groups), 3),
+    )
+
+
+def test_balanced_epochs_are_as_long_and_draw_every_label_alike() -> None:
+    plan = balanced_plan()
+    labels = dict(zip([(g.file, g.index) for g in plan.row_groups], labels_of(plan.row_groups), strict=True))
+    epochs = 400
+    drawn = np.zeros(3)
+    for key in clips_between(plan, 0, epochs * plan.clips_per_epoch):
+        drawn[labels[key[:2]][key[2]]] += 1
+    assert drawn.max() / drawn.min() < 2.2  # label 0 comes along with every 1; unweighted it is 125 : 25 : 1
+    assert plan.weights is not None
+    assert plan.weights.expected_N.sum() == pytest.approx(plan.clips_per_epoch)
+
+
+def test_a_balanced_epoch_holds_each_clip_its_expected_number_of_times_rounded() -> None:
+    plan = balanced_plan()
+    assert plan.weights is not None
+    order = [(g.file, g.index, row) for g in plan.row_groups for row in range(g.clips)]
+    for epoch in range(3):
+        found = clips_between(plan, epoch * plan.clips_per_epoch, (epoch + 1) * plan.clips_per_epoch)
+        assert len(found) == plan.clips_per_epoch
+        for key, expected in zip(order, plan.weights.expected_N, strict=True):
+            assert int(expected) <= found.count(key) <= int(expected) + 1
+
+
+def test_balanced_order_is_reproducible_and_a_restart_goes_on_in_it() -> None:
+    whole = clips_between(balanced_plan(), 0, 900)
+    assert whole == clips_between(balanced_plan(), 0, 900)
+    assert whole != clips_between(balanced_plan(seed=6), 0, 900)
+    for stop in (1, 17, 131, 132, 400):
+        assert clips_between(balanced_plan(), 0, stop) + clips_between(balanced_plan(), stop, 900) == whole
+
+
+def test_clips_without_labels_are_drawn_least() -> None:
+    weights = balancing_weights([[[0], [], [0, 1]], [[1], [1]]], 2)
+    assert [list(part) for part in weights.by_group] == [[0.5, 1 / 3, 0.5 + 1 / 3], [1 / 3, 1 / 3]]

@@ -17,6 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from beats_ray.config import LayoutSettings
 from beats_ray.data.datasets.esc50 import read_esc50
 from beats_ray.data.decode import decode_clip
 from beats_ray.data.sample import make_clip, make_sample_set
@@ -55,7 +56,7 @@ def sample_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_esc50_with_balanced_folds_and_nothing_to_quarantine(sample_set: Path) -> None:
-    listing = read_esc50(open_place(str(sample_set)))
+    listing = read_esc50(open_place(str(sample_set)), LayoutSettings())
     assert listing.quarantined == []
     assert len(listing.clips) == 400
     assert len(listing.label_names) == 10

@@ -1,0 +1,255 @@
+"""The data plane beside what one would use instead: the same clips, as batches of 16 kHz int16 samples, once through.
+
+Every case reads the same FLAC bytes from local files and pads them alike. The bare limit is the decoder alone: one
+process that decodes bytes in memory, times the number of cores.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beats_ray.config import BenchConfig, RaySettings, StreamSettings
+
+BATCH_CLIPS = 16
+ROW_GROUP_CLIPS = 64
+SHARD_ROW_GROUPS = 4
+DISTINCT_CLIPS = 64
+"""Synthesised clips; the data set repeats them under other names."""
+
+Step = Callable[[], None]
+_OPEN: list[object] = []
+
+
+def bare_limit(config: BenchConfig) -> Step:
+    """Decodes the clips of one core's share: the time of all cores together, without any way to or from them."""
+    from beats_ray.data.clips import clip_samples_of
+    from beats_ray.data.decode import decode_flac
+
+    clips = [data for _, data in _clips(config)][: max(1, config.num_clips // (os.cpu_count() or 1))]
+    samples = clip_samples_of(config.seconds)
+
+    def step() -> None:
+        for start in range(0, len(clips), BATCH_CLIPS):
+            part = clips[start : start + BATCH_CLIPS]
+            batch = np.zeros((len(part), samples), np.int16)
+            for row, data in zip(batch, part, strict=True):
+                wave = decode_flac(data)[:samples]
+                row[: len(wave)] = wave
+
+    return step
+
+
+def our_stream(config: BenchConfig) -> Step:
+    """The stream as training reads it: shards through Ray Data to one consumer."""
+    from beats_ray.data.batches import iterate_micro_batches
+    from beats_ray.data.manifest import read_manifest
+    from beats_ray.data.storage import open_place
+    from beats_ray.data.stream import build_stream, execution_options
+    from beats_ray.launch import ray_cluster
+
+    folder = _shards(config)
+    cluster = ray_cluster(RaySettings(address="local", object_store_mib=1024))
+    cluster.__enter__()
+    _OPEN.append(cluster)  # ends with the process of this case
+    dataset = open_place(folder)
+    manifest = read_manifest(dataset)
+    cores = os.cpu_count() or 1
+    settings = StreamSettings(path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2))
+
+    def step() -> None:
+        stream = build_stream(
+            dataset, manifest, settings, seed=config.seed, global_batch_size=BATCH_CLIPS, micro_batch_size=BATCH_CLIPS,
+            start_step=0, stop_step=config.num_clips // BATCH_CLIPS,
+        )  # fmt: skip
+        stream.context.execution_options = execution_options(settings)
+        (shard,) = stream.streaming_split(1, equal=True)
+        batches = iterate_micro_batches(
+            shard,
+            BATCH_CLIPS,
+            4,
+            first_step=0,
+            stop_step=config.num_clips // BATCH_CLIPS,
+            global_batch_size=BATCH_CLIPS,
+            rank=0,
+            world_size=1,
+        )
+        assert sum(len(batch.clip_ids) for batch in batches) == config.num_clips // BATCH_CLIPS * BATCH_CLIPS
+
+    return step
+
+
+def torch_loader(config: BenchConfig) -> Step:
+    """PyTorch's DataLoader over the same Parquet shards: one item a row group, a worker process for each core."""
+    from torch.utils.data import DataLoader, Dataset
+
+    folder = _shards(config)
+
+    class RowGroups(Dataset[Any]):
+        def __init__(self) -> None:
+            files = sorted(Path(folder, "shards").iterdir())
+            self.places = [(str(file), group) for file in files for group in range(SHARD_ROW_GROUPS)]
+
+        def __len__(self) -> int:
+            return len(self.places)
+
+        def __getitem__(self, index: int) -> list[bytes]:
+            return _read_row_group(*self.places[index])
+
+    cores = os.cpu_count() or 1
+    loader = DataLoader(
+        RowGroups(), batch_size=None, shuffle=True, num_workers=cores, persistent_workers=True, collate_fn=_Pad(config),
+        multiprocessing_context="fork",
+    )  # fmt: skip
+
+    def step() -> None:
+        for tensors in loader:
+            assert sum(len(one) for one in tensors) > 0
+
+    return step
+
+
+def webdataset_loader(config: BenchConfig) -> Step:
+    """webdataset over tar files of the same clips, shuffled, a worker process for each core."""
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    files = _tars(config)
+    cores = os.cpu_count() or 1
+    source = (
+        webdataset.WebDataset(files, shardshuffle=len(files), nodesplitter=None, seed=config.seed)
+        .shuffle(ROW_GROUP_CLIPS)
+        .to_tuple("flac")
+        .map(lambda item: item[0])
+        .batched(BATCH_CLIPS, collation_fn=list)
+    )
+    loader: Any = DataLoader(
+        source, batch_size=None, num_workers=min(cores, len(files)), persistent_workers=True, collate_fn=_Pad(config),
+        multiprocessing_context="fork",
+    )  # fmt: skip
+
+    def step() -> None:
+        for tensors in loader:
+            assert sum(len(one) for one in tensors) > 0
+
+    return step
+
+
+class _Pad:
+    """Turns FLAC bytes into batches of padded samples, in the worker process."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self._samples = round(config.seconds * 16_000)
+
+    def __call__(self, clips: list[bytes]) -> list[Any]:
+        import torch
+
+        from beats_ray.data.decode import decode_flac
+
+        batches = []
+        for start in range(0, len(clips), BATCH_CLIPS):
+            part = clips[start : start + BATCH_CLIPS]
+            batch = np.zeros((len(part), self._samples), np.int16)
+            for row, data in zip(batch, part, strict=True):
+                wave = decode_flac(data)[: self._samples]
+                row[: len(wave)] = wave
+            batches.append(torch.from_numpy(batch))
+        return batches
+
+
+def _read_row_group(path: str, group: int) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    found: list[bytes] = pq.ParquetFile(path).read_row_group(group, columns=["audio"])["audio"].to_pylist()
+    return found
+
+
+# --- the clips --------------------------------------------------------------------------------------------------------
+
+
+def _clips(config: BenchConfig) -> Iterator[tuple[str, bytes]]:
+    """Names and FLAC bytes of all clips."""
+    distinct = _distinct(config.seconds)
+    for index in range(config.num_clips):
+        yield f"clip-{index:06d}", distinct[index % len(distinct)]
+
+
+@lru_cache(maxsize=1)
+def _distinct(seconds: float) -> list[bytes]:
+    from beats_ray.data.decode import encode_flac
+    from beats_ray.data.sample import make_clip
+
+    waves = [make_clip(index, 0, seconds) for index in range(DISTINCT_CLIPS)]
+    return [encode_flac((wave * 32_767).astype(np.int16)) for wave in waves]
+
+
+def _folder(config: BenchConfig) -> Path:
+    key = hashlib.sha256(f"{config.num_clips}/{config.seconds}/{ROW_GROUP_CLIPS}".encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"beats_ray_bench_{os.getuid()}" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _shards(config: BenchConfig) -> str:
+    """A prepared data set of the clips, made once on this machine."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
+    from beats_ray.data.shard_writer import SCHEMA
+
+    folder = _folder(config)
+    if (folder / "dataset.json").exists():
+        return str(folder)
+    (folder / "shards").mkdir(exist_ok=True)
+    rows = [
+        {"clip_id": name, "audio": data, "num_samples": round(config.seconds * 16_000), "labels": [], "fold": -1,
+         "split": ""}
+        for name, data in _clips(config)
+    ]  # fmt: skip
+    per_shard = ROW_GROUP_CLIPS * SHARD_ROW_GROUPS
+    shards = []
+    for first in range(0, len(rows), per_shard):
+        part = rows[first : first + per_shard]
+        path = folder / "shards" / f"{first // per_shard:05d}.parquet"
+        table = pa.Table.from_pylist(part, SCHEMA)
+        pq.write_table(table, path, row_group_size=ROW_GROUP_CLIPS, compression="none")
+        data = path.read_bytes()
+        groups = tuple(
+            RowGroup(clips=len(part[start : start + ROW_GROUP_CLIPS]), fold=-1, split="")
+            for start in range(0, len(part), ROW_GROUP_CLIPS)
+        )
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(file=path.name, sha256=digest, bytes=len(data), row_groups=groups))
+    manifest = DatasetManifest(
+        name="bench", label_names=(), clips=len(rows), clips_by_fold={"-1": len(rows)}, clips_by_split={"": len(rows)},
+        seconds=config.seconds * len(rows), fbank_mean=0.0, fbank_std=1.0, source="bench", source_files=len(rows),
+        quarantined=0, shards=tuple(shards),
+    )  # fmt: skip
+    (folder / "dataset.json").write_text(manifest.model_dump_json())
+    return str(folder)
+
+
+def _tars(config: BenchConfig) -> list[str]:
+    """The same clips as tar files, made once on this machine."""
+    folder = _folder(config) / "tars"
+    per_tar = ROW_GROUP_CLIPS * SHARD_ROW_GROUPS
+    count = -(-config.num_clips // per_tar)
+    files = [folder / f"{index:05d}.tar" for index in range(count)]
+    if not files[-1].exists():
+        folder.mkdir(exist_ok=True)
+        clips = list(_clips(config))
+        for index, file in enumerate(files):
+            with tarfile.open(file, "w") as archive:
+                for name, data in clips[index * per_tar : (index + 1) * per_tar]:
+                    entry = tarfile.TarInfo(f"{name}.flac")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+    return [str(file) for file in files]

@@ -1,0 +1,145 @@
+"""Storage that fails: an epoch over a bad link holds every clip once, and a store that is gone ends it in time."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.fault_proxy import FaultProxy, FaultRates
+
+from beats_ray.config import PrepareConfig, RaySettings, StreamSettings, load_config
+from beats_ray.data.batches import iterate_eval_batches
+from beats_ray.data.manifest import read_manifest
+from beats_ray.data.prepare import prepare
+from beats_ray.data.sample import make_sample_set
+from beats_ray.data.storage import open_place
+from beats_ray.data.stream import build_eval_stream, build_stream, execution_options, iterate_micro_batches
+from beats_ray.launch import ray_cluster
+from beats_ray.objectstore import EmbeddedObjectStore
+
+pytestmark = pytest.mark.ray
+
+NUM_CLIPS = 800
+GLOBAL_BATCH = 16
+SETTINGS = StreamSettings(clip_seconds=0.5, shuffle_window_clips=32, retry_seconds=60.0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
+    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as running:
+        running.make_bucket("beats")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def proxy(store: EmbeddedObjectStore) -> Iterator[FaultProxy]:
+    with FaultProxy(lambda: store.endpoint, FaultRates()) as running, pytest.MonkeyPatch.context() as environment:
+        for name, value in store.environment().items():
+            environment.setenv(name, running.endpoint if "ENDPOINT" in name else value)
+        yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(proxy: FaultProxy) -> Iterator[None]:
+    with ray_cluster(RaySettings(address="local", num_cpus=4, object_store_mib=300)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("raw")
+    make_sample_set(folder, num_clips=NUM_CLIPS, clip_seconds=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(cluster: None, proxy: FaultProxy, raw: Path) -> str:
+    """Prepared over a link that fails already."""
+    settings = ["data.row_group_clips=8", "data.shard_mib=0.5"]
+    proxy.rates = FaultRates(errors=0.1)
+    prepare(load_config(PrepareConfig, None, settings, source=str(raw), output="s3://beats/data"), lambda *_: None)
+    proxy.rates = FaultRates()
+    return "s3://beats/data"
+
+
+def clips_of_one_epoch(dataset: str) -> Counter[str]:
+    """How often each clip comes in the first epoch, as a training worker reads it."""
+    place = open_place(dataset)
+    stream = build_stream(
+        place, read_manifest(place), SETTINGS, seed=1, global_batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
+        start_step=0, stop_step=NUM_CLIPS // GLOBAL_BATCH,
+    )  # fmt: skip
+    stream.context.execution_options = execution_options(SETTINGS)
+    (shard,) = stream.streaming_split(1, equal=True)
+    batches = iterate_micro_batches(
+        shard,
+        GLOBAL_BATCH,
+        2,
+        first_step=0,
+        stop_step=NUM_CLIPS // GLOBAL_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        rank=0,
+        world_size=1,
+    )
+    return Counter(clip_id for batch in batches for clip_id in batch.clip_ids)
+
+
+def test_errors_cut_connections_and_stalls_lose_and_repeat_nothing(dataset: str, proxy: FaultProxy) -> None:
+    proxy.counts.clear()
+    proxy.rates = FaultRates(errors=0.10, cuts=0.05, stalls=0.03)
+    seen = clips_of_one_epoch(dataset)
+    proxy.rates = FaultRates()
+    assert len(seen) == NUM_CLIPS
+    assert set(seen.values()) == {1}
+    print(f"faults of one epoch: {dict(proxy.counts)}")
+    assert proxy.counts["errors"] >= 5
+    assert proxy.counts["cuts"] >= 3
+    assert proxy.counts["stalls"] >= 1
+
+
+def test_a_server_that_is_restarted_in_mid_epoch_costs_nothing_but_time(
+    dataset: str, proxy: FaultProxy, store: EmbeddedObjectStore
+) -> None:
+    proxy.counts.clear()
+    proxy.rates = FaultRates(stalls=0.3)  # so that the epoch lasts until the restart
+    found: list[Counter[str]] = []
+    reader = threading.Thread(target=lambda: found.append(clips_of_one_epoch(dataset)), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and proxy.counts["requests"] < 25:
+        time.sleep(0.05)
+    before = proxy.counts["requests"]
+    store.stop()  # in the main thread: the server ends with the thread that starts it
+    time.sleep(5.0)
+    store.start()
+    proxy.rates = FaultRates()
+    reader.join(120)
+    assert not reader.is_alive()
+    assert proxy.counts["unreachable"] >= 1, f"nobody asked while the server was away ({before} requests before)"
+    assert len(found[0]) == NUM_CLIPS
+    assert set(found[0].values()) == {1}
+
+
+def test_a_server_that_is_gone_for_good_ends_the_stream_with_one_clear_line(
+    dataset: str, proxy: FaultProxy, store: EmbeddedObjectStore
+) -> None:
+    from beats_ray.cli import find_user_error
+
+    place = open_place(dataset)
+    manifest = read_manifest(place)
+    settings = StreamSettings(clip_seconds=0.5, retry_seconds=5.0)
+    stream = build_eval_stream(place, manifest, settings, GLOBAL_BATCH)
+    store.stop()
+    try:
+        started = time.monotonic()
+        with pytest.raises(Exception, match="cannot be reached") as caught:
+            list(iterate_eval_batches(stream.iterator(), GLOBAL_BATCH, 1, num_clips=NUM_CLIPS))
+        assert time.monotonic() - started < 120
+        mistake = find_user_error(caught.value)
+        assert mistake is not None
+        assert str(mistake).startswith("s3://beats/data/shards/")
+        assert "check AWS_ENDPOINT_URL and that the store runs" in str(mistake)
+    finally:
+        store.start()
