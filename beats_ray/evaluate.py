@@ -113,7 +113,7 @@ def mean_over_patches(features_BND: Tensor, is_pad_BN: Tensor) -> Tensor:
 
 
 def _normalised_fbank(encoder: BeatsEncoder, wave_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
-    fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
+    fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B, encoder.config.num_mel_bins)
     return normalise_fbank(fbank_BTF, encoder.config.fbank_mean, encoder.config.fbank_std, num_frames_B), num_frames_B
 
 

@@ -14,7 +14,7 @@ from beats_ray.console import Console
 from beats_ray.data.decode import BadAudio, decode_clip
 from beats_ray.data.manifest import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import check_published, load_published
+from beats_ray.inference import check_published, is_released_file, load_published
 from beats_ray.models import AudioClassifier, compute_fbank, normalise_fbank
 
 WINDOW_SECONDS = 10.0  # the length that the paper's models are trained at
@@ -28,9 +28,11 @@ def run_predict(model: str, files: list[str], top_k: int = 3, as_json: bool = Fa
     UserError for a model that is no classifier, and for a file that is missing or holds no readable audio.
     """
     place = open_place(model)
-    check_published(place, "model", ("classifier",))
+    if not is_released_file(place):
+        check_published(place, "model", ("classifier",))
     module = load_published(place)
-    assert isinstance(module, AudioClassifier)
+    if not isinstance(module, AudioClassifier):
+        raise UserError(f"model={place.uri}: holds a {type(module).__name__}; give a fine-tuned classifier")
     console = Console()
     for file in files:
         wave_S = read_audio(open_place(file))
@@ -68,7 +70,9 @@ def predict_wave(model: AudioClassifier, wave_S: np.ndarray) -> torch.Tensor:
             wave_BS = torch.zeros(len(batch), max(len(piece) for piece in batch), dtype=torch.int16)
             for row, piece in zip(wave_BS, batch, strict=True):
                 row[: len(piece)] = torch.from_numpy(piece)
-            fbank_BTF, num_frames_B = compute_fbank(wave_BS, torch.tensor([len(piece) for piece in batch]))
+            fbank_BTF, num_frames_B = compute_fbank(
+                wave_BS, torch.tensor([len(piece) for piece in batch]), config.num_mel_bins
+            )
             fbank_BTF = normalise_fbank(fbank_BTF, config.fbank_mean, config.fbank_std, num_frames_B)
             probabilities.append(model.probabilities(model(fbank_BTF, num_frames_B)))
     return torch.cat(probabilities).mean(0)

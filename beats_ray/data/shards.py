@@ -13,12 +13,13 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beats_ray.config import UserError
 from beats_ray.data.manifest import DatasetManifest, Shard, shards_fingerprint
 from beats_ray.data.plan import ClipPlan, RowGroupRef, Window
-from beats_ray.data.storage import Place, storage_errors, with_retries
+from beats_ray.data.storage import Place, read_table, storage_errors, with_retries
 
 COLUMNS = ["clip_id", "audio", "num_samples", "labels"]
 READ_THREADS = 8  # row groups in flight in one task: object stores answer late and in parallel
@@ -90,9 +91,10 @@ def clip_labels(dataset: Place, groups: Sequence[RowGroupRef], retry_seconds: fl
 
 
 def check_schema(dataset: Place, manifest: DatasetManifest) -> None:
-    """UserError unless every shard is there with its size, and the first and last have the columns of this format.
+    """UserError for a data set that would fail in mid-epoch: before a run starts, and without reading audio.
 
-    Cheap, so that a run can ask before it starts; `beats-ray prepare --verify` reads everything.
+    Every shard must be there with its size, the first and the last with the columns of this format; by the index, no
+    clip id may occur twice and no label lie outside the vocabulary. `beats-ray prepare --verify` reads everything.
     """
     sizes = (dataset / "shards").sizes()
     for shard in manifest.shards:
@@ -104,6 +106,29 @@ def check_schema(dataset: Place, manifest: DatasetManifest) -> None:
             )
     for shard in {one.file: one for one in manifest.shards[:1] + manifest.shards[-1:]}.values():
         _check_columns(dataset / "shards" / shard.file, shard)
+    _check_index(dataset, manifest)
+
+
+def _check_index(dataset: Place, manifest: DatasetManifest) -> None:
+    with ThreadPoolExecutor(LABEL_THREADS) as threads:
+        tables = list(threads.map(lambda place: read_table(place, ["clip_id", "labels"]), (dataset / "index").list()))
+    if not tables:  # a data set that another program has written
+        return
+    rows = pa.concat_tables(tables)
+    names = pc.value_counts(rows["clip_id"])
+    twice = names.filter(pc.greater(names.field("counts"), 1))
+    if len(twice):
+        raise UserError(
+            f"{dataset.uri}: clip id {twice[0]['values'].as_py()!r} occurs {twice[0]['counts'].as_py()} times; prepare "
+            "the data set again"
+        )
+    labels = pc.list_flatten(rows["labels"])
+    outside = labels.filter(pc.or_(pc.less(labels, 0), pc.greater_equal(labels, len(manifest.label_names))))
+    if len(outside):
+        raise UserError(
+            f"{dataset.uri}: label id {outside[0].as_py()} is outside the vocabulary of {len(manifest.label_names)} "
+            "labels; prepare the data set again"
+        )
 
 
 def _check_columns(place: Place, shard: Shard) -> None:

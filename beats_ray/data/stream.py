@@ -47,7 +47,7 @@ __all__ = [
 
 DATA_NODE_LABELS = {"beats-ray/role": "data"}
 """Label of the nodes of a cluster that read and decode and do not train."""
-BLOCK_CLIPS = 64  # in one block, if a micro-batch has fewer
+BLOCK_CLIPS = 128  # in one block, if a micro-batch has fewer
 TASK_CLIPS = 256  # at most so many clips, of all workers, are decoded and dealt by one call
 READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
 MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks

@@ -209,7 +209,11 @@ class BeatsEncoder(nn.Module):
 
 def check_waveform(wave_BS: Tensor, padding_mask_BS: Tensor | None) -> Tensor | None:
     """Checks what a user passed in and returns the number of samples of each clip, None where all are whole."""
-    if wave_BS.dim() == 2 and wave_BS.is_floating_point() and not torch.isfinite(wave_BS).all():
+    if wave_BS.dim() != 2:
+        raise ValueError(
+            f"wave has shape {tuple(wave_BS.shape)}; it must be (clips, samples): use wave[None] for one clip"
+        )
+    if wave_BS.is_floating_point() and not torch.isfinite(wave_BS).all():
         clip = int((~torch.isfinite(wave_BS)).any(1).nonzero()[0])
         raise ValueError(f"clip {clip} has a NaN or infinite sample; repair or drop it")
     num_samples_B = None
@@ -224,7 +228,7 @@ def check_waveform(wave_BS: Tensor, padding_mask_BS: Tensor | None) -> Tensor | 
         if (padding_mask_BS[:, :-1] & ~padding_mask_BS[:, 1:]).any():
             raise ValueError("padding_mask marks samples before a clip's end; padding must follow the audio")
         shortest = int(num_samples_B.min()) if len(num_samples_B) else shortest
-    if wave_BS.dim() == 2 and shortest < 400:
+    if shortest < 400:
         raise ValueError(f"a clip has {shortest} samples besides padding; it needs at least 400 (25 ms at 16 kHz)")
     return num_samples_B
 

@@ -9,8 +9,10 @@ patches), True at padding, where features are zeros. Output of a classifier: `pr
 The filterbank is part of the program, so nothing has to be computed outside.
 """
 
+import copy
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,14 @@ class ClassifierFromWaveform(nn.Module):
 
 
 def from_waveform(module: nn.Module) -> EncoderFromWaveform | ClassifierFromWaveform:
-    """The module that is exported, for comparison with the exported program. ValueError for another kind."""
+    """A copy on the CPU, in eval mode, of what is exported; to compare an exported program with.
+
+    ValueError for another kind.
+    """
     if isinstance(module, BeatsEncoder):
-        return EncoderFromWaveform(module).eval()
+        return EncoderFromWaveform(copy.deepcopy(module)).cpu().eval()
     if isinstance(module, AudioClassifier):
-        return ClassifierFromWaveform(module).eval()
+        return ClassifierFromWaveform(copy.deepcopy(module)).cpu().eval()
     raise ValueError(f"a {type(module).__name__} cannot be exported; encoders and classifiers can")
 
 
@@ -90,13 +95,19 @@ def export_model(module: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{file} must end with one of {', '.join(EXPORTED_SUFFIXES)}")
     whole = from_waveform(module)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as staging,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # advice to PyTorch's own developers
         program = _trace(whole, shortest_samples(module))
+        written = Path(staging) / file.name
         if file.suffix == ".pt2":
-            torch.export.save(program, file)
+            torch.export.save(program, written)
         else:
-            _save_onnx(program, whole, file)
+            _save_onnx(program, whole, written)
+        written.replace(file)
     return file
 
 

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 from beats_ray.models.checkpoints import load_weights
-from beats_ray.models.config import FBANK_MEAN, FBANK_STD, EncoderConfig, validated
+from beats_ray.models.config import FBANK_MEAN, FBANK_STD, NUM_MEL_BINS, EncoderConfig, validated
 from beats_ray.models.encoder import BeatsEncoder, Positions
 from beats_ray.models.heads import AudioClassifier, ClassifierConfig
 from beats_ray.models.quantizer import QuantizerConfig
@@ -102,12 +102,12 @@ def load_released(path: str | os.PathLike[str]) -> nn.Module:
     module: nn.Module
     if "quantize.embedding.weight" in weights:
         module, weights = _tokenizer(encoder.config, weights)
-    elif any(name.startswith("predictor.") for name in weights):
+    elif "predictor.weight" in weights:
         names = class_names if class_names else None
         head = ClassifierConfig(
             num_classes=len(weights["predictor.weight"]),
             multi_label=bool(settings.get("multi_label", True)),
-            dropout=float(settings.get("predictor_dropout", 0.0)),
+            dropout=float(settings.get("predictor_dropout", 0.1)),
         )
         if names is not None and len(names) != head.num_classes:
             raise ValueError(f"{file} has {len(names)} class names for {head.num_classes} classes; get a whole copy")
@@ -169,7 +169,7 @@ def _read_layout(file: Path, content: Any) -> tuple[dict[str, Any], Weights, lis
     keys = sorted(str(key) for key in content) if isinstance(content, dict) else []
     if isinstance(content, dict) and isinstance(content.get("cfg"), dict) and isinstance(content.get("model"), dict):
         labels = content.get("label_dict") or {}
-        names = [str(labels[index]) for index in sorted(labels)] if isinstance(labels, dict) else []
+        names = [str(labels[index]) for index in sorted(labels, key=int)] if isinstance(labels, dict) else []
         return content["cfg"], _tensors(file, content["model"]), names
     weights = content.get("module", content) if isinstance(content, dict) else {}
     if isinstance(weights, dict) and "encoder.patch_embedding.weight" in weights:
@@ -192,6 +192,7 @@ def _tensors(file: Path, weights: dict[Any, Any]) -> Weights:
 
 
 def _espnet_settings(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Settings under the released names, and class names, from the config.yaml of the run that wrote the file."""
     beside = file.parent / "config.yaml"
     if not beside.is_file():
         raise ValueError(f"{file} holds the weights of an ESPnet run alone; put the run's config.yaml beside it")
@@ -199,17 +200,36 @@ def _espnet_settings(file: Path) -> tuple[dict[str, Any], list[str]]:
         config = yaml.safe_load(beside.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{beside} is not valid YAML: {' '.join(str(error).split())}") from None
-    section = config.get("encoder_conf") if isinstance(config, dict) else None
-    settings = None
-    if isinstance(section, dict):
-        settings = section.get("beats_config") or section.get("tokenizer_config")
+    encoder, decoder, model = (_section(config, name) for name in ("encoder_conf", "decoder_conf", "model_conf"))
+    settings = encoder.get("beats_config") or encoder.get("tokenizer_config") or _base_settings(file, encoder)
     if not isinstance(settings, dict):
         raise ValueError(
             f"{beside} has no encoder_conf.beats_config; give the config.yaml of the run that wrote {file}"
         )
+    if decoder.get("pooling", "mean") != "mean":
+        raise ValueError(f"{beside}: decoder_conf.pooling={decoder['pooling']!r} is not implemented; only 'mean' is")
+    statistics = {name: encoder[name] for name in ("fbank_mean", "fbank_std") if name in encoder}
+    multi_label = {"multi_label": model.get("classification_type") == "multi-label"}
     tokens = config.get("token_list")
     names = [str(name) for name in tokens if str(name) not in ("<blank>", "<unk>", "<sos/eos>")] if tokens else []
-    return settings, names
+    return multi_label | settings | statistics, names
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    found = config.get(name) if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _base_settings(file: Path, encoder: dict[str, Any]) -> Any:
+    """The settings of the checkpoint that a fine-tuning run began with, where it lies beside the run's own."""
+    name = encoder.get("beats_ckpt_path")
+    if not name:
+        return None
+    base = file.parent / Path(str(name)).name
+    if not base.is_file():
+        raise ValueError(f"{file.parent / 'config.yaml'} takes its settings from {name}; put that checkpoint beside it")
+    content = _unpickle(base)
+    return content.get("cfg") if isinstance(content, dict) else None
 
 
 def _espnet_weights(weights: Weights) -> Weights:
@@ -282,9 +302,13 @@ def _release_form(module: nn.Module) -> tuple[dict[str, Any], Weights]:
 
 
 def release_settings(config: EncoderConfig) -> dict[str, Any]:
-    """The settings of an encoder under their released names."""
+    """The settings of an encoder under their released names. ValueError for what the format has no setting for."""
+    if config.num_mel_bins != NUM_MEL_BINS:
+        raise ValueError(
+            f"num_mel_bins={config.num_mel_bins} has no place in the released format, which has {NUM_MEL_BINS}"
+        )
     settings = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
-    extra = {"layer_wise_gradient_decay_ratio": 1.0, "dropout_input": config.dropout, "finetuned_model": False}
+    extra = {"layer_wise_gradient_decay_ratio": 1.0, "dropout_input": 0.0, "finetuned_model": False}
     return settings | _FIXED | extra
 
 

@@ -123,6 +123,8 @@ class SelfDistilledTokenizer(nn.Module):
         any length whole, padding treated as the release treats it and labelled too.
         Errors as for `BeatsEncoder.extract_features`; ValueError before the codebook was ever fitted.
         """
+        if compat not in ("exact", "release"):
+            raise ValueError(f"compat={compat!r} is unknown; use 'exact' or 'release'")
         if compat == "release":
             self._check_fitted()
             features_BND = self.encoder.encode_checked(wave_BS, padding_mask_BS, compat).features_BND

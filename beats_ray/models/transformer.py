@@ -74,7 +74,7 @@ class TransformerStack(nn.Module):
         self.attention_backend: AttentionBackend = "auto"
         self.checkpoint_layers = False
         """Whether the layers' activations are recomputed in the backward pass instead of kept."""
-        self.recompute_attention: bool | None = None
+        self.recompute_attention = True  # nothing of the size (B, H, N, N) is kept for the backward pass
         """Whether attention weights and gated bias are recomputed in the backward pass; None: on accelerators only."""
         bias = RelativeBias(config.relative_buckets, config.num_heads, config.relative_max_distance)
         self.layers = nn.ModuleList(TransformerLayer(config, bias) for _ in range(config.num_layers))
@@ -100,7 +100,6 @@ class TransformerStack(nn.Module):
         The last output has only the patches from `first_wanted` on, which saves work for the others.
         """
         outputs = [x_BND]
-        recompute = self.recompute_attention if self.recompute_attention is not None else x_BND.device.type != "cpu"
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         layers = list(self.layers)[:num_layers]
         for number, layer in enumerate(layers, start=1):
@@ -109,7 +108,7 @@ class TransformerStack(nn.Module):
             if checkpointed:
                 new_BND = checkpoint(layer, x_BND, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
             else:
-                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=recompute, **options)
+                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=self.recompute_attention, **options)
             if self.training and self.layer_drop:
                 # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
                 keep_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.layer_drop

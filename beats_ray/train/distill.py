@@ -75,7 +75,7 @@ class DistillTask:
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         teacher = self._teacher.to(batch.audio_BS.device)
-        fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B)
+        fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, teacher.config.fbank_mean, teacher.config.fbank_std)
         target = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
         return Prepared((fbank_BTF, num_frames_B, target.features_BND), (~target.is_pad_BN).sum())

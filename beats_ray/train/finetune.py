@@ -79,7 +79,7 @@ class FinetuneTask:
                 wave_BS, num_samples_B, targets_BC = mixup(
                     wave_BS, num_samples_B, targets_BC, augment.mixup, generator, self._classes.multi_label
                 )
-        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
+        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B, self._config.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
         if training:
             fbank_BTF = mask_spectrogram(

@@ -83,7 +83,7 @@ class PretrainTask:
 
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
-        fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B)
+        fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
         labels_BN = batch.patch_labels_BN
         if labels_BN is None:

@@ -18,7 +18,7 @@ from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.decode import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
-from beats_ray.data.shards import check_labels
+from beats_ray.data.shards import check_labels, check_schema
 from beats_ray.data.storage import Place, open_place, write_table
 from beats_ray.data.stream import build_eval_stream, build_stream, example_spec, execution_options, open_reader
 from beats_ray.objectstore import EmbeddedObjectStore
@@ -138,6 +138,41 @@ def dataset(tmp_path: Path) -> Place:
 
 
 # --- what the tasks do, without a cluster ---------------------------------------------------------------------------
+
+
+def write_index(dataset: Place, ids: list[str], labels: list[list[int]]) -> None:
+    rows = {"clip_id": ids, "labels": pa.array(labels, pa.list_(pa.int16()))}
+    write_table(dataset / "index" / "00000.parquet", pa.table(rows))
+
+
+@pytest.mark.unit
+def test_mistakes_that_would_show_in_mid_epoch_are_found_before_it(dataset: Place) -> None:
+    manifest = read_manifest(dataset)
+    check_schema(dataset, manifest)
+    write_index(dataset, ["a", "b"], [[0], [1, 2]])
+    check_schema(dataset, manifest)
+    write_index(dataset, ["a", "b", "a"], [[0], [1], [2]])
+    with pytest.raises(UserError, match=r"clip id 'a' occurs 2 times; prepare the data set again"):
+        check_schema(dataset, manifest)
+    write_index(dataset, ["a", "b"], [[0], [3]])
+    with pytest.raises(UserError, match=r"label id 3 is outside the vocabulary of 3 labels"):
+        check_schema(dataset, manifest)
+    write_index(dataset, ["a"], [[0]])
+    shard = dataset / "shards" / manifest.shards[1].file
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(
+        UserError, match=rf"00001.parquet: {len(whole) - 1} bytes, dataset.json says {len(whole)} bytes"
+    ):
+        check_schema(dataset, manifest)
+    shard.delete()
+    with pytest.raises(UserError, match=r"00001.parquet: missing, dataset.json says"):
+        check_schema(dataset, manifest)
+    narrow = parquet_of([shard_rows(range(4), fold=1).drop_columns(["num_samples"])])
+    shard.write_bytes(narrow)
+    changed = manifest.shards[1].model_copy(update={"bytes": len(narrow), "sha256": "narrow"})
+    with pytest.raises(UserError, match=r"00001.parquet: column 'num_samples' is missing"):
+        check_schema(dataset, manifest.model_copy(update={"shards": (manifest.shards[0], changed)}))
 
 
 @pytest.mark.unit

@@ -152,6 +152,9 @@ def test_bad_input_is_refused_by_name(sound: Tensor, mask: Tensor | None, words:
 
 def test_importing_the_models_imports_neither_ray_nor_deepspeed() -> None:
     code = (
-        "import sys, beats_ray.models; sys.exit(any(one.split('.')[0] in ('ray', 'deepspeed') for one in sys.modules))"
+        "import sys, beats_ray, beats_ray.models as models\n"
+        "for name in models.__all__: getattr(models, name)  # the names are imported on first use\n"
+        "assert 'beats_ray.models.export' in sys.modules and 'beats_ray.models.released' in sys.modules\n"
+        "sys.exit(any(one.split('.')[0] in ('ray', 'deepspeed') for one in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

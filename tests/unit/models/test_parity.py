@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beats_ray.models import AudioClassifier, BeatsEncoder, ClassifierConfig, EncoderConfig, compute_fbank
+from beats_ray.models import (
+    AudioClassifier,
+    BeatsEncoder,
+    ClassifierConfig,
+    EncoderConfig,
+    compute_fbank,
+    normalise_fbank,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore::FutureWarning:openbeats", "ignore:.*weight_norm")]
 
@@ -221,6 +228,14 @@ def test_release_compatibility_masks_and_pools_as_the_released_code_does() -> No
     assert torch.equal(mask, expected)
     torch.testing.assert_close(features[0], encoder.extract_features(wave[:1])[0][0], atol=1e-5, rtol=1e-5)
     assert features[1, mask[1]].abs().max() > 0  # the release leaves what it computed at padding
+    theirs: Any = openbeats_encoder(CONFIGS["release"])  # its Transformer is the release's
+    theirs.load_state_dict(encoder.state_dict(), strict=False)
+    with torch.no_grad():
+        fbank = normalise_fbank(compute_fbank(wave)[0])
+        patches = theirs.patch_embedding(fbank[:, None]).flatten(2).transpose(1, 2)
+        embedded = theirs.post_extract_proj(theirs.layer_norm(patches))
+        released = theirs.encoder(embedded, padding_mask=mask)[0]
+    assert (features - released).abs().max() < 1e-4
     probabilities, _ = model.extract_features(wave, padding, compat="release")
     logits = model.predictor(features)
     by_hand = torch.stack([logits[clip, ~mask[clip]].mean(0) for clip in range(2)]).sigmoid()

@@ -103,6 +103,7 @@ def test_written_files_have_the_released_names_and_settings(
     assert content["model"]["patch_embedding.weight"].shape == (16, 1, 16, 16)
     assert content["model"]["encoder.pos_conv.0.weight_v"].shape == (32, 8, 8)
     assert content["model"]["encoder.layers.1.self_attn.relative_attention_bias.weight"].shape == (320, 2)
+    assert content["cfg"]["dropout_input"] == 0.0
     expected = CFG | {"layer_wise_gradient_decay_ratio": 1.0, "encoder_layerdrop": 0.0}
     assert content["cfg"].items() >= expected.items()
     assert content["cfg"]["finetuned_model"] == (make is classifier)
@@ -195,16 +196,57 @@ def test_an_espnet_training_run_is_read_with_the_config_beside_it(deepspeed: boo
     torch.save({"module": weights | head} if deepspeed else weights | head, file)
     with pytest.raises(ValueError, match=r"config\.yaml beside it"):
         beats_ray.load(file)
-    config = {"encoder_conf": {"beats_config": CFG}, "token_list": ["dog", "rain", "<unk>"]}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    ours = beats_ray.load(file)
-    assert isinstance(ours, AudioClassifier)
-    assert ours.class_names == ["dog", "rain"]
     wave = torch.randn(1, 20_000) * 0.1
     with torch.no_grad():
         features = theirs(wave, torch.tensor([20_000]))[0].mean(1)
-        expected = (features @ head["decoder.output_layer.weight"].t() + head["decoder.output_layer.bias"]).sigmoid()
+        logits = features @ head["decoder.output_layer.weight"].t() + head["decoder.output_layer.bias"]
+    for kind, expected in (("multi-class", logits.softmax(-1)), ("multi-label", logits.sigmoid())):
+        config = {
+            "encoder_conf": {"beats_config": CFG},
+            "model_conf": {"classification_type": kind},
+            "token_list": ["dog", "rain", "<unk>"],
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        ours = beats_ray.load(file)
+        assert isinstance(ours, AudioClassifier)
+        assert ours.class_names == ["dog", "rain"]
         assert (ours.extract_features(wave)[0] - expected).abs().max() < 1e-4
+
+
+def test_an_espnet_fine_tune_takes_its_settings_from_the_checkpoint_it_began_with(tmp_path: Path) -> None:
+    theirs = espnet_encoder()
+    file = tmp_path / "valid.acc.ave.pth"
+    torch.save({f"encoder.{name}": value for name, value in theirs.state_dict().items()}, file)
+    section = {"beats_ckpt_path": "/elsewhere/OpenBEATs.pt", "fbank_mean": 11.7, "fbank_std": 10.6}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"encoder_conf": section}))
+    with pytest.raises(
+        ValueError, match=r"takes its settings from /elsewhere/OpenBEATs\.pt; put that checkpoint beside it"
+    ):
+        beats_ray.load(file)
+    torch.save({"cfg": CFG, "model": {}}, tmp_path / "OpenBEATs.pt")
+    ours = beats_ray.load(file)
+    assert isinstance(ours, BeatsEncoder)
+    assert (ours.config.fbank_mean, ours.config.fbank_std, ours.config.num_layers) == (11.7, 10.6, 2)
+
+
+def test_an_espnet_pooling_that_is_not_implemented_is_named(tmp_path: Path) -> None:
+    torch.save({"encoder.patch_embedding.weight": torch.zeros(16, 1, 16, 16)}, tmp_path / "m.pth")
+    config = {"encoder_conf": {"beats_config": CFG}, "decoder_conf": {"pooling": "CLS"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="pooling='CLS' is not implemented; only 'mean' is"):
+        beats_ray.load(tmp_path / "m.pth")
+
+
+def test_class_names_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"n{index}" for index in range(12)]
+    module = AudioClassifier(encoder(), ClassifierConfig(num_classes=12), names)
+    path = save_released(module, tmp_path / "model.pt")
+    content = torch.load(path, weights_only=True)
+    content["label_dict"] = {str(index): name for index, name in enumerate(names)}  # as JSON would make of it
+    torch.save(content, path)
+    loaded = beats_ray.load(path)
+    assert isinstance(loaded, AudioClassifier)
+    assert loaded.class_names == names
 
 
 @pytest.mark.parametrize("section", ["", "encoder_conf: 3", "encoder_conf: {}", "[1", "- a"])
@@ -299,6 +341,7 @@ def test_the_bomb_would_go_off_without_the_guard(tmp_path: Path, monkeypatch: py
     [
         (RandomProjectionTokenizer, "RandomProjectionTokenizer has no place in the released format"),
         (lambda: classifier(pooling="attention"), "pooling='attention' has no place"),
+        (lambda: BeatsEncoder(TINY.model_copy(update={"num_mel_bins": 64})), "num_mel_bins=64 has no place"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_nothing_is_written(
