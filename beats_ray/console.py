@@ -17,6 +17,8 @@ PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal."""
 LIVE_LINE_SECONDS = 0.2
 LOG_WIDTH = 160
+SHARES = ("data wait",)
+"""Metrics that are shown as percentages."""
 
 
 class Console:
@@ -116,7 +118,7 @@ def _progress_line(
         parts.append(f"{rate:,.1f} {unit}/s" if rate < 100 else f"{rate:,.0f} {unit}/s")
         if total is not None and done < total:
             parts.append(f"{_duration((total - done) / rate)} left")
-    parts += [f"{name} {_cell(value)}" for name, value in metrics.items()]
+    parts += [f"{name} {value:.1%}" if name in SHARES else f"{name} {_cell(value)}" for name, value in metrics.items()]
     return "          " + "  ".join(parts)
 
 

@@ -6,10 +6,12 @@
 Inputs: `wave` (clips, samples), float32 in [-1, 1] at 16 kHz, zeros after a clip's end, and `num_samples` (clips,),
 int64, the samples of each clip. Outputs of an encoder: `features` (clips, patches, width) and `is_pad` (clips,
 patches), True at padding, where features are zeros. Output of a classifier: `probabilities` (clips, classes).
-The filterbank is part of the program, so nothing has to be computed outside.
+The filterbank is part of the program, so nothing has to be computed outside. An ONNX file's metadata have
+`sample_rate_hz` and, of a classifier, `class_names` as JSON.
 """
 
 import copy
+import json
 import logging
 import os
 import tempfile
@@ -138,4 +140,7 @@ def _save_onnx(
         program, dynamo=True, verbose=False, input_names=["wave", "num_samples"], output_names=list(whole.output_names)
     )
     assert exported is not None
+    names = whole.classifier.class_names if isinstance(whole, ClassifierFromWaveform) else None
+    facts = {"sample_rate_hz": str(SAMPLE_RATE_HZ)} | ({"class_names": json.dumps(names)} if names else {})
+    exported.model.metadata_props.update(facts)
     exported.save(file)

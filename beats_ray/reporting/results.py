@@ -90,7 +90,7 @@ def leaderboard(run: Run) -> Section:
     section.notes = [
         "Frozen probe: logistic regression on mean-pooled features, k-fold over all clips.",
         "± is the binomial standard error over clips; that of “above untrained” is paired over the same clips.",
-        "Fine-tuned: the sweep's best trial, chosen on the validation fold; the test fold was looked at once.",
+        "Fine-tuned: the sweep's best trial by validation accuracy; no test accuracy has chosen anything.",
         "One fold has few clips: compare encoders by the probe.",
     ]
     section.tables = [

@@ -1,6 +1,7 @@
 """Exported programs, run by other engines, give what the module gives, for any batch and length."""
 
 import builtins
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,17 @@ def test_an_exported_model_gives_what_the_module_gives(
                 assert (ours - theirs).abs().max() < 1e-3, (wave.shape, float((ours - theirs).abs().max()))
         if isinstance(module, BeatsEncoder):
             assert float(found[0].abs().max()) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_file_says_its_sample_rate_and_class_names(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module = AudioClassifier(BeatsEncoder(PRE_NORM), ClassifierConfig(num_classes=2), ["dog", "Tür"]).train()
+    session = onnxruntime.InferenceSession(str(export_model(module, tmp_path / "model.onnx")))
+    found = session.get_modelmeta().custom_metadata_map
+    assert found["sample_rate_hz"] == "16000"
+    assert json.loads(found["class_names"]) == ["dog", "Tür"]
+    assert module.training  # the caller's model stays as it was
 
 
 @pytest.mark.parametrize(
