@@ -1,4 +1,7 @@
-"""Self-attention with a gated relative position bias, in two backends that agree.
+"""Self-attention with a gated relative position bias, in three backends that agree.
+
+`sdpa` is the fused kernel with the gated bias as its mask; `matmul` spells the formula out; `flex` gates the bias
+inside the kernel of FlexAttention, so that it is never in memory (compiled on CUDA; on a CPU good for comparison only).
 
 Shapes: B clips, N patches, D width, H heads, K features a head, O = 2 N offsets.
 Source: paper section 3.1 (gated relative position bias of WavLM), released checkpoints.
@@ -9,14 +12,15 @@ explicit upcast), which serves the same purpose.
 """
 
 import math
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-AttentionBackend = Literal["auto", "sdpa", "matmul"]
+AttentionBackend = Literal["auto", "sdpa", "matmul", "flex"]
 AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float]
 """Queries, keys and values (B, H, N, K), gates (B, H, N, 1), bias (B or 1, H, N, N), padding (B, N), dropout."""
 
@@ -109,8 +113,10 @@ class GatedSelfAttention(nn.Module):
         if backend == "auto":
             needs_grad = torch.is_grad_enabled() and (q_BHNK.requires_grad or bias_BHNN.requires_grad)
             backend = "matmul" if needs_grad and x_BND.device.type == "cpu" else "sdpa"
-        attend = _attend_matmul if backend == "matmul" else _attend_sdpa
         dropout = self.dropout if self.training else 0.0
+        if backend == "flex" and dropout:
+            raise ValueError(f"attention_dropout={self.dropout} is not possible with backend='flex'; use 'sdpa', or 0")
+        attend = {"matmul": _attend_matmul, "flex": _attend_flex}.get(backend, _attend_sdpa)
         inputs = (q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, dropout)
         if recompute and torch.is_grad_enabled():
             out_BHNK = checkpoint(attend, inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
@@ -142,6 +148,29 @@ def _attend_sdpa(inputs: AttentionInputs) -> Tensor:
     mask_BHNN = _bias_and_padding(gate_BHN1, bias_BHNN, is_pad_BN).to(q_BHNK.dtype)
     mask_BHNN = mask_BHNN.expand(*q_BHNK.shape[:3], -1)
     return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=mask_BHNN, dropout_p=dropout)
+
+
+def _attend_flex(inputs: AttentionInputs) -> Tensor:
+    q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, _ = inputs
+    shared = bias_BHNN.shape[0] == 1
+    hidden_BN = None if is_pad_BN is None else is_pad_BN & ~is_pad_BN.all(dim=1, keepdim=True)
+
+    def add_bias(score: Tensor, clip: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        bias = bias_BHNN[0, head, query, key] if shared else bias_BHNN[clip, head, query, key]
+        if gate_BHN1 is not None:
+            bias = bias * gate_BHN1[clip, head, query, 0]
+        score = score + bias
+        return score if hidden_BN is None else torch.where(hidden_BN[clip, key], -float("inf"), score)
+
+    out: Tensor = _flex_attention(q_BHNK.is_cuda)(q_BHNK, k_BHNK, v_BHNK, score_mod=add_bias)
+    return out
+
+
+@lru_cache(maxsize=2)
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 def _attend_matmul(inputs: AttentionInputs) -> Tensor:

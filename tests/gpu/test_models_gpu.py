@@ -35,7 +35,7 @@ def test_the_filterbank_is_the_cpus() -> None:
     assert (on_cpu - on_gpu.cpu()).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "flex"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_features_are_the_cpus(backend: str, masked: bool) -> None:
     encoder = build_encoder("small").eval()
@@ -53,6 +53,22 @@ def test_features_are_the_cpus(backend: str, masked: bool) -> None:
         )
     assert torch.equal(on_cpu.is_pad_BN, on_gpu.is_pad_BN.cpu())
     assert (on_cpu.features_BND - on_gpu.features_BND.cpu()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flex_attention_has_the_gradients_of_the_plain_formula(masked: bool) -> None:
+    wave, lengths = waves()
+    visible = torch.arange(0, 240, 4).expand(3, -1).cuda() if masked else None
+    gradients = {}
+    for backend in ("matmul", "flex"):
+        torch.manual_seed(0)
+        encoder = build_encoder("small").cuda().train()
+        encoder.use(attention_backend=backend)  # type: ignore[arg-type]
+        features = encoder.features_from_waveform(wave.cuda(), lengths.cuda(), visible_BM=visible).features_BND
+        (features * torch.linspace(-1, 1, features.shape[-1], device="cuda")).sum().backward()
+        gradients[backend] = [one.grad for one in encoder.parameters() if one.grad is not None]
+    for mine, plain in zip(gradients["flex"], gradients["matmul"], strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-3 * float(plain.abs().max()) + 1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -169,6 +169,33 @@ def test_attention_backends_and_recomputation_agree_in_output_and_gradient(padde
             torch.testing.assert_close(mine, first, atol=1e-3 * float(first.abs().max()) + 1e-5, rtol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_flex_attention_gives_the_features_of_the_plain_formula(padded: bool, masked: bool, gated: bool) -> None:
+    """Forward only: PyTorch has no backward of it on the CPU; tests/gpu compares the gradients."""
+    torch.manual_seed(0)
+    encoder = awake(build_encoder("tiny", gated_relative_bias=gated)).eval()
+    fbank = torch.randn(2, 96, 128)
+    count = torch.tensor([96, 50]) if padded else None
+    visible = torch.tensor([[0, 5, 9, 20, 47], [1, 2, 8, 23, -1]]) if masked else None
+    features = {}
+    for backend in ("matmul", "flex"):
+        encoder.use(attention_backend=backend)  # type: ignore[arg-type]
+        features[backend] = encoder(fbank, count, visible).features_BND
+    torch.testing.assert_close(features["flex"], features["matmul"], atol=2e-5, rtol=1e-4)
+    assert features["flex"].abs().max() > 0.1
+
+
+def test_dropout_inside_attention_is_not_possible_with_flex() -> None:
+    encoder = build_encoder("tiny", attention_dropout=0.1).train()
+    encoder.use(attention_backend="flex")
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1 is not possible with backend='flex'"):
+        encoder(torch.randn(1, 64, 128))
+
+
 def test_depths_cover_every_parameter_from_the_embedding_upwards(tiny: BeatsEncoder) -> None:
     depths = tiny.parameter_depths()
     assert depths.keys() == dict(tiny.named_parameters()).keys()
