@@ -30,7 +30,7 @@ from beats_ray.data.plan import (
     micro_batch_start,
 )
 from beats_ray.data.shards import check_schema
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, with_retries
 from beats_ray.data.stream import example_spec, open_reader, read_windows
 
 DECODE_CLIPS = 64  # clips of one call in a decode task
@@ -169,7 +169,7 @@ def materialize_clips(
         shuffle_window_clips=settings.shuffle_window_clips,
         shuffled=False,
     )
-    check_schema(dataset, manifest)
+    with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
     reader = open_reader(dataset, manifest, plan, settings, labels)
     needed_mib = decoded_mib(manifest, plan)
     store_mib = ray.cluster_resources().get("object_store_memory", 0.0) / 2**20

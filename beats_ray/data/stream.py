@@ -30,7 +30,7 @@ from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import ClipPlan, ClipWeights, RowGroupRef, balancing_weights, build_plan
 from beats_ray.data.shards import WindowReader, check_labels, check_schema, clip_labels
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, with_retries
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -77,7 +77,7 @@ def build_stream(
     clip matches or the labels are not those of this data set.
     """
     assert global_batch_size % (micro_batch_size * num_workers) == 0, (global_batch_size, micro_batch_size, num_workers)
-    check_schema(dataset, manifest)
+    with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
     plan = build_plan(
         manifest,
         seed=seed,

@@ -103,12 +103,12 @@ def test_a_server_that_is_restarted_in_mid_epoch_costs_nothing_but_time(
     dataset: str, proxy: FaultProxy, store: EmbeddedObjectStore
 ) -> None:
     proxy.counts.clear()
-    proxy.rates = FaultRates(stalls=0.3)  # so that the epoch lasts until the restart
+    proxy.rates = FaultRates(stalls=0.1)  # so that the epoch lasts until the restart
     found: list[Counter[str]] = []
     reader = threading.Thread(target=lambda: found.append(clips_of_one_epoch(dataset)), daemon=True)
     reader.start()
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and proxy.counts["requests"] < 25:
+    while time.monotonic() < deadline and proxy.counts["requests"] < 120:
         time.sleep(0.05)
     before = proxy.counts["requests"]
     store.stop()  # in the main thread: the server ends with the thread that starts it
