@@ -338,10 +338,9 @@ def _check_place(settings: Job, need: str) -> None:
 
 
 def _require_exists(name: str, path: str) -> None:
-    from beats_ray.data.storage import open_place
+    from beats_ray.data.storage import existing_place
 
-    if not open_place(path).exists():
-        raise UserError(f"{name}={path}: does not exist; check the path")
+    existing_place(name, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

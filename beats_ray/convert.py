@@ -12,8 +12,8 @@ from pathlib import Path
 
 from beats_ray.config import UserError
 from beats_ray.console import Console
-from beats_ray.data.storage import open_place
-from beats_ray.inference import is_released_file, load_published
+from beats_ray.data.storage import existing_place, open_place
+from beats_ray.inference import load_checked, load_published
 from beats_ray.models import describe_model, save_model
 from beats_ray.models.export import EXPORTED_SUFFIXES, export_model
 from beats_ray.models.released import save_released
@@ -23,9 +23,7 @@ Written = list[tuple[str, str]]
 
 def run_import(source: str, target: str, console: Console) -> Written:
     """Writes any model that `beats_ray.load` reads as a model folder. UserError for one that it does not read."""
-    place, folder = open_place(source), open_place(target)
-    if not place.exists():
-        raise UserError(f"source={source}: does not exist; check the path")
+    place, folder = existing_place("source", source), open_place(target)
     if folder.exists() and (not folder.is_dir() or folder.list()):
         raise UserError(f"target={target}: exists already; choose another path or remove it")
     module = load_published(place)
@@ -39,18 +37,14 @@ def run_import(source: str, target: str, console: Console) -> Written:
 
 def run_export(source: str, target: str, console: Console) -> Written:
     """Writes a published model in the format that the target's ending names. UserError where that cannot be."""
-    place, file = open_place(source), open_place(target)
+    file = open_place(target)
     suffix = Path(file.name).suffix
     if suffix not in (".pt", *EXPORTED_SUFFIXES):
         endings = ", ".join((".pt", *EXPORTED_SUFFIXES))
         raise UserError(f"target={target}: its ending {suffix or '(none)'!r} names no format; use one of {endings}")
     if file.exists():
         raise UserError(f"target={target}: exists already; choose another path or remove it")
-    if not place.exists():
-        raise UserError(f"source={source}: does not exist; check the path")
-    if not is_released_file(place) and not (place / "config.json").exists():
-        raise UserError(f"source={source}: no published model there (no config.json); give a `model` folder")
-    module = load_published(place)
+    module = load_checked(existing_place("source", source), "source")
     with tempfile.TemporaryDirectory(prefix="beats-ray-export-") as scratch:
         local = Path(scratch) / file.name
         try:

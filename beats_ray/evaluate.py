@@ -17,7 +17,7 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.inference import ClipWorker, check_published, map_clips, row_group_spans
-from beats_ray.models import AudioClassifier, BeatsEncoder, compute_fbank, normalise_fbank
+from beats_ray.models import AudioClassifier, BeatsEncoder
 from beats_ray.probe import LabelledClips, binomial_error, probe_accuracy
 
 RESULT_FILE = "evaluation.json"
@@ -89,7 +89,7 @@ class PooledFeatures:
         self._encoder = model
 
     def __call__(self, wave_BS: Tensor, num_samples_B: Tensor) -> dict[str, Any]:
-        fbank_BTF, num_frames_B = _normalised_fbank(self._encoder, wave_BS, num_samples_B)
+        fbank_BTF, num_frames_B = self._encoder.normalised_fbank(wave_BS, num_samples_B)
         output = self._encoder(fbank_BTF, num_frames_B)
         return {"features": mean_over_patches(output.features_BND, output.is_pad_BN).cpu().numpy()}
 
@@ -101,7 +101,7 @@ class Logits:
         self._classifier = model
 
     def __call__(self, wave_BS: Tensor, num_samples_B: Tensor) -> dict[str, Any]:
-        logits_BC = self._classifier(*_normalised_fbank(self._classifier.encoder, wave_BS, num_samples_B))
+        logits_BC = self._classifier(*self._classifier.encoder.normalised_fbank(wave_BS, num_samples_B))
         return {"logits": logits_BC.float().cpu().numpy()}
 
 
@@ -110,11 +110,6 @@ def mean_over_patches(features_BND: Tensor, is_pad_BN: Tensor) -> Tensor:
     is_real_BN1 = ~is_pad_BN.unsqueeze(-1)
     total_BD = torch.where(is_real_BN1, features_BND.float(), 0.0).sum(1)
     return total_BD / is_real_BN1.sum(1).clamp(min=1)
-
-
-def _normalised_fbank(encoder: BeatsEncoder, wave_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
-    fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B, encoder.config.num_mel_bins)
-    return normalise_fbank(fbank_BTF, encoder.config.fbank_mean, encoder.config.fbank_std, num_frames_B), num_frames_B
 
 
 # --- on the driver ----------------------------------------------------------------------------------------------------

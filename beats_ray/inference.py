@@ -27,6 +27,7 @@ from beats_ray.config import UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, Shard
 from beats_ray.data.storage import Place, storage_errors
+from beats_ray.models.config import RELEASED_SUFFIXES
 
 if TYPE_CHECKING:  # reading tasks import this module too: without PyTorch they start in a second
     import torch
@@ -35,8 +36,8 @@ CPUS_PER_READER = 0.5  # half of a reader's time is waiting for storage
 READERS_PER_CPU = 0.5  # a process that decodes keeps two CPU actors busy; each more costs seconds of start-up
 READERS_PER_GPU = 8
 MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
-RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt")  # as in `beats_ray.models.checkpoints`, which imports PyTorch
 TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
+KINDS = ("encoder", "classifier", *TOKENIZER_KINDS)
 KEPT_MODELS = 2  # downloaded models that stay on a node's disk
 
 
@@ -334,13 +335,27 @@ def check_published(model: Place, field: str, kinds: tuple[str, ...]) -> dict[st
     if is_released_file(model):
         from beats_ray.models import describe_model
 
-        config = describe_model(load_published(model))
-    else:
-        config = _read_description(model, field)
-    if config.get("kind") not in kinds:
-        kind = config.get("kind")
-        raise UserError(f"{field}={model.uri}: holds kind={kind!r}; give a model of kind {' or '.join(kinds)}")
+        return describe_model(load_checked(model, field, kinds))
+    config = _read_description(model, field)
+    _check_kind(config, model, field, kinds)
     return config
+
+
+def load_checked(model: Place, field: str, kinds: tuple[str, ...] = KINDS) -> "torch.nn.Module":
+    """As `load_published`, of one of these kinds, a folder checked before it is read; errors as `check_published`."""
+    from beats_ray.models import describe_model
+
+    if not is_released_file(model):
+        check_published(model, field, kinds)
+    module = load_published(model)
+    _check_kind(describe_model(module), model, field, kinds)
+    return module
+
+
+def _check_kind(config: dict[str, Any], model: Place, field: str, kinds: tuple[str, ...]) -> None:
+    kind = config.get("kind")
+    if kind not in kinds:
+        raise UserError(f"{field}={model.uri}: holds kind={kind!r}; give a model of kind {' or '.join(kinds)}")
 
 
 def _read_description(model: Place, field: str) -> dict[str, Any]:

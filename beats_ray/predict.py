@@ -14,8 +14,8 @@ from beats_ray.console import Console
 from beats_ray.data.decode import BadAudio, decode_clip
 from beats_ray.data.manifest import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import check_published, is_released_file, load_published
-from beats_ray.models import AudioClassifier, compute_fbank, normalise_fbank
+from beats_ray.inference import load_checked
+from beats_ray.models import AudioClassifier
 
 WINDOW_SECONDS = 10.0  # the length that the paper's models are trained at
 SHORTEST_REST_SECONDS = 1.0  # a shorter rest is heard together with the window before it
@@ -27,12 +27,8 @@ def run_predict(model: str, files: list[str], top_k: int = 3, as_json: bool = Fa
 
     UserError for a model that is no classifier, and for a file that is missing or holds no readable audio.
     """
-    place = open_place(model)
-    if not is_released_file(place):
-        check_published(place, "model", ("classifier",))
-    module = load_published(place)
-    if not isinstance(module, AudioClassifier):
-        raise UserError(f"model={place.uri}: holds a {type(module).__name__}; give a fine-tuned classifier")
+    module = load_checked(open_place(model), "model", ("classifier",))
+    assert isinstance(module, AudioClassifier)
     console = Console()
     for file in files:
         wave_S = read_audio(open_place(file))
@@ -62,7 +58,6 @@ def read_audio(place: Place) -> np.ndarray:
 def predict_wave(model: AudioClassifier, wave_S: np.ndarray) -> torch.Tensor:
     """Class probabilities of one recording of any length: the mean over its windows."""
     pieces = split_windows(wave_S)
-    config = model.encoder.config
     probabilities = []
     with torch.inference_mode():
         for start in range(0, len(pieces), BATCH_WINDOWS):
@@ -70,11 +65,8 @@ def predict_wave(model: AudioClassifier, wave_S: np.ndarray) -> torch.Tensor:
             wave_BS = torch.zeros(len(batch), max(len(piece) for piece in batch), dtype=torch.int16)
             for row, piece in zip(wave_BS, batch, strict=True):
                 row[: len(piece)] = torch.from_numpy(piece)
-            fbank_BTF, num_frames_B = compute_fbank(
-                wave_BS, torch.tensor([len(piece) for piece in batch]), config.num_mel_bins
-            )
-            fbank_BTF = normalise_fbank(fbank_BTF, config.fbank_mean, config.fbank_std, num_frames_B)
-            probabilities.append(model.probabilities(model(fbank_BTF, num_frames_B)))
+            num_samples_B = torch.tensor([len(piece) for piece in batch])
+            probabilities.append(model.probabilities(model(*model.encoder.normalised_fbank(wave_BS, num_samples_B))))
     return torch.cat(probabilities).mean(0)
 
 

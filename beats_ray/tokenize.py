@@ -71,9 +71,11 @@ def code_usage(counts: np.ndarray) -> dict[str, float]:
 def model_sha256(model: Place) -> str:
     """Changes with any byte of a published model."""
     digest = hashlib.sha256()
-    for place in [model] if is_released_file(model) else model.list(recursive=True):
-        if not place.is_dir():
-            digest.update(place.path[len(model.path) :].encode() + b"\0" + place.read_bytes())
+    files = {"": model}
+    if not is_released_file(model):
+        files = {f"/{name}": model / name for name in model.sizes(recursive=True)}
+    for name, place in files.items():
+        digest.update(name.encode() + b"\0" + place.read_bytes())
     return digest.hexdigest()
 
 

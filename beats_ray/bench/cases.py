@@ -7,6 +7,7 @@ the models are imported in the case's own process only.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from beats_ray.config import BenchConfig
@@ -80,14 +81,9 @@ def _kaldi_fbank(config: BenchConfig) -> Step:
 # --- one training step of an encoder ----------------------------------------------------------------------------------
 
 
-def _our_encoder(config: BenchConfig) -> Step:
+def _our_encoder(config: BenchConfig, recompute_attention: bool = True) -> Step:
     encoder, wave_BS = _encoder(config), _waves(config)
-    return _training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
-
-
-def _our_encoder_keeping(config: BenchConfig) -> Step:
-    encoder, wave_BS = _encoder(config), _waves(config)
-    encoder.encoder.recompute_attention = False
+    encoder.encoder.recompute_attention = recompute_attention
     return _training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
 
 
@@ -157,7 +153,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
     ),
     "encoder": (
         Case("beats_ray", _our_encoder),
-        Case("beats_ray, attention kept", _our_encoder_keeping),
+        Case("beats_ray, attention kept", partial(_our_encoder, recompute_attention=False)),
         Case("published formula", _formula_encoder),
         Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats"),
     ),

@@ -50,10 +50,9 @@ def bare_limit(config: BenchConfig) -> Step:
 
 def our_stream(config: BenchConfig) -> Step:
     """The stream as training reads it: shards through Ray Data to one consumer."""
-    from beats_ray.data.batches import iterate_micro_batches
     from beats_ray.data.manifest import read_manifest
     from beats_ray.data.storage import open_place
-    from beats_ray.data.stream import build_stream, execution_options
+    from beats_ray.data.stream import read_alone
     from beats_ray.launch import ray_cluster
 
     folder = _shards(config)
@@ -63,25 +62,13 @@ def our_stream(config: BenchConfig) -> Step:
     dataset = open_place(folder)
     manifest = read_manifest(dataset)
     cores = os.cpu_count() or 1
-    settings = StreamSettings(path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2))
+    settings = StreamSettings(
+        path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2), prefetch_batches=4
+    )
 
     def step() -> float:
-        stream = build_stream(
-            dataset, manifest, settings, seed=config.seed, global_batch_size=BATCH_CLIPS, micro_batch_size=BATCH_CLIPS,
-            start_step=0, stop_step=config.num_clips // BATCH_CLIPS,
-        )  # fmt: skip
-        stream.context.execution_options = execution_options(settings)
-        (shard,) = stream.streaming_split(1, equal=True)
-        batches = iterate_micro_batches(
-            shard,
-            BATCH_CLIPS,
-            4,
-            first_step=0,
-            stop_step=config.num_clips // BATCH_CLIPS,
-            global_batch_size=BATCH_CLIPS,
-            rank=0,
-            world_size=1,
-        )
+        steps = config.num_clips // BATCH_CLIPS
+        batches = read_alone(dataset, manifest, settings, batch_size=BATCH_CLIPS, num_steps=steps, seed=config.seed)
         return _consume((len(batch.clip_ids) for batch in batches), config)
 
     return step

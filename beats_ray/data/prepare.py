@@ -46,7 +46,7 @@ from beats_ray.data.source import (
     source_root,
     undecodable_files,
 )
-from beats_ray.data.storage import Place, StorageError, open_place, write_table
+from beats_ray.data.storage import Place, StorageError, existing_place, open_place, write_table
 
 READERS: dict[str, Reader] = {
     "esc50": in_zip_too(read_esc50),
@@ -121,9 +121,7 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
 
 def check_source(config: PrepareConfig) -> None:
     """UserError for a source that is not there, empty or plainly not of this kind: what needs no cluster to see."""
-    source = open_place(config.source)
-    if not source.exists():
-        raise UserError(f"source={config.source}: does not exist; check the path")
+    source = existing_place("source", config.source)
     if source.is_dir():
         require_folder(source)
         if config.kind == "esc50":
@@ -213,7 +211,7 @@ def _run_on_ray(plans: dict[int, ShardPlan]) -> Iterator[tuple[int, ShardResult]
 
     if not plans:
         return
-    with _quiet_ray_data():
+    with quiet_ray_data():
         # Pickled here: Ray Data would try Arrow first and complain.
         items = [{"index": index, "plan": pickle.dumps(plan)} for index, plan in plans.items()]
         results = ray.data.from_items(items, override_num_blocks=len(items)).map(_task)
@@ -232,7 +230,7 @@ def _task(row: dict[str, Any]) -> dict[str, object]:
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
     """The caller shows progress: Ray Data's own bars stay away."""
     import ray
 

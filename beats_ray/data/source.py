@@ -13,14 +13,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
-
-from pyarrow import fs
+from pathlib import Path, PurePosixPath
 
 from beats_ray.config import LayoutSettings, UserError
 from beats_ray.data.archives import member_fault, open_zip
 from beats_ray.data.manifest import NO_FOLD
-from beats_ray.data.storage import Place, storage_errors
+from beats_ray.data.storage import Place
 
 AUDIO_SUFFIXES = frozenset(
     "wav flac ogg oga opus mp3 aif aiff au caf w64 rf64 m4a aac mp4 wma webm".split()  # noqa: SIM905 - shorter
@@ -124,37 +122,38 @@ def list_files(folder: Place) -> dict[str, int]:
 
     Left out: hidden files and folders, and local names that are not UTF-8 (see `undecodable_files`).
     """
-    selector = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
-    start = len(folder.path) + 1
     try:
-        with storage_errors(folder.uri):
-            infos = folder.filesystem.get_file_info(selector)
-        found = [(info.path[start:], int(info.size)) for info in infos if info.type == fs.FileType.File]
+        sizes = folder.sizes(recursive=True)
     except UnicodeDecodeError:  # pyarrow gives up on the whole folder for the sake of one name
-        found = [(name, size) for name, size in _local_files(folder) if _is_utf8(name)]
-    return dict(sorted((name, size) for name, size in found if not _is_hidden(name)))
+        sizes = {name: _local_size(folder, name) for name in sorted(_local_files(folder)) if _is_utf8(name)}
+    return {name: size for name, size in sizes.items() if not _is_hidden(name)}
 
 
 def undecodable_files(source: Place) -> list[Quarantined]:
     """Local audio files whose names are not UTF-8: no shard and no table can name them."""
     if type(source) is not Place or source.is_remote or not source.is_dir():
         return []
-    bad = [(name, size) for name, size in _local_files(source) if not _is_utf8(name)]
+    bad = [name for name in _local_files(source) if not _is_utf8(name) and is_audio(name) and not _is_hidden(name)]
     return [
         Quarantined(
-            name.encode(errors="surrogateescape").decode(errors="backslashreplace"), "bad-name", "not UTF-8", size
+            path=name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+            reason="bad-name",
+            detail="not UTF-8",
+            bytes=_local_size(source, name),
         )
-        for name, size in sorted(bad)
-        if is_audio(name) and not _is_hidden(name)
+        for name in sorted(bad)
     ]
 
 
-def _local_files(folder: Place) -> Iterator[tuple[str, int]]:
-    """Names and sizes, undecodable bytes as lone surrogates."""
+def _local_files(folder: Place) -> Iterator[str]:
+    """Names of all files below a local folder, undecodable bytes as lone surrogates; nothing is opened or measured."""
     for parent, _, names in os.walk(folder.path):
-        for name in names:
-            path = os.path.join(parent, name)  # noqa: PTH118  pathlib would do, at ten times the cost
-            yield os.path.relpath(path, folder.path), os.stat(path).st_size  # noqa: PTH116
+        below = f"{parent}/"[len(folder.path) + 1 :]
+        yield from (below + name for name in names)
+
+
+def _local_size(folder: Place, name: str) -> int:
+    return Path(folder.path, name).stat().st_size
 
 
 def _is_utf8(name: str) -> bool:

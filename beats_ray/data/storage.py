@@ -97,11 +97,16 @@ class Place:
         paths = sorted(info.path for info in infos)
         return [Place(self.uri + path[len(self.path) :], path) for path in paths]
 
-    def sizes(self) -> dict[str, int]:
-        """Names and sizes in bytes of the files directly below; empty where the folder does not exist."""
+    def sizes(self, recursive: bool = False) -> dict[str, int]:
+        """Names below this folder and sizes in bytes of the files directly (or anywhere) below, sorted by name.
+
+        Empty where the folder does not exist. A listing, without a request for each file.
+        """
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         with storage_errors(self.uri):
-            infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return {info.base_name: int(info.size) for info in infos if info.type == fs.FileType.File}
+            infos = self.filesystem.get_file_info(selector)
+        start = len(self.path) + 1
+        return dict(sorted((info.path[start:], int(info.size)) for info in infos if info.type == fs.FileType.File))
 
     def read_bytes(self) -> bytes:
         """The whole content. FileNotFoundError where there is none."""
@@ -157,28 +162,20 @@ class Place:
 
     def upload(self, folder: Path) -> None:
         """Copies every file below a local folder to below this place."""
-        for source in sorted(folder.rglob("*")):
-            if source.is_file():
-                (self / source.relative_to(folder).as_posix()).write_bytes(source.read_bytes())
+        open_place(str(folder)).copy_to(self)
 
     def download(self, folder: Path) -> Path:
         """Copies this file to a local path, or every file below this place to below it, and returns that path."""
-        if not self.is_dir() and self.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.write_bytes(self.read_bytes())
-            return folder
-        for source in self.list(recursive=True):
-            if not source.is_dir():
-                target = folder / source.path[len(self.path) + 1 :]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
+        self.copy_to(open_place(str(folder)))
         return folder
 
     def copy_to(self, target: "Place") -> None:
-        """Copies every file below this place to below another."""
-        for source in self.list(recursive=True):
-            if not source.is_dir():
-                (target / source.path[len(self.path) + 1 :]).write_bytes(source.read_bytes())
+        """Copies this file to another place, or every file below this place to below it."""
+        if self._info().type == fs.FileType.File:
+            target.write_bytes(self.read_bytes())
+            return
+        for name in self.sizes(recursive=True):
+            (target / name).write_bytes((self / name).read_bytes())
 
     def _info(self) -> fs.FileInfo:
         with storage_errors(self.uri):
@@ -188,6 +185,14 @@ class Place:
         bucket = self.path.split("/", 1)[0]
         if self.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
             raise UserError(f"{self.uri}: bucket {bucket!r} does not exist; create it first")
+
+
+def existing_place(field: str, uri: str) -> Place:
+    """As `open_place`. UserError naming the field where there is nothing."""
+    place = open_place(uri)
+    if not place.exists():
+        raise UserError(f"{field}={uri}: does not exist; check the path")
+    return place
 
 
 def open_place(uri: str) -> Place:

@@ -42,6 +42,7 @@ __all__ = [
     "execution_options",
     "iterate_eval_batches",
     "iterate_micro_batches",
+    "read_alone",
     "required_cpus",
 ]
 
@@ -96,6 +97,28 @@ def build_stream(
     decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
     task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
     return _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
+
+
+def read_alone(
+    dataset: Place,
+    manifest: DatasetManifest,
+    settings: StreamSettings,
+    *,
+    batch_size: int,
+    num_steps: int,
+    seed: int = 0,
+) -> Iterator[MicroBatch]:
+    """The micro-batches of the first steps for a single consumer, as a training worker gets them, without a trainer."""
+    stream = build_stream(
+        dataset, manifest, settings, seed=seed, global_batch_size=batch_size, micro_batch_size=batch_size,
+        start_step=0, stop_step=num_steps,
+    )  # fmt: skip
+    stream.context.execution_options = execution_options(settings)
+    (shard,) = stream.streaming_split(1, equal=True)
+    return iterate_micro_batches(
+        shard, batch_size, settings.prefetch_batches,
+        first_step=0, stop_step=num_steps, global_batch_size=batch_size, rank=0, world_size=1,
+    )  # fmt: skip
 
 
 def build_eval_stream(

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from beats_ray.config import UserError
 from beats_ray.data.clips import decode_clips
-from beats_ray.data.manifest import DatasetManifest, Shard, read_manifest
+from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, Shard, read_manifest
+from beats_ray.data.prepare import quiet_ray_data
 from beats_ray.data.shard_writer import SCHEMA
 from beats_ray.data.storage import Place, open_place, read_table
 
@@ -60,27 +61,26 @@ def verify(dataset_uri: str, on_progress: Callable[[int, int], None]) -> Account
 
     dataset = open_place(dataset_uri)
     manifest = read_manifest(dataset)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     items = [{"shard": shard.model_dump_json()} for shard in manifest.shards]
     check = partial(_check_row, dataset=dataset, num_labels=len(manifest.label_names))
     faults: list[str] = []
     ids: list[pa.Array] = []
     clips = samples = 0
     if items:
-        for row in ray.data.from_items(items, override_num_blocks=len(items)).map(check).iter_rows():
-            faults += row["faults"]
-            ids.append(pa.array(row["clip_hashes"], pa.uint64()))
-            clips += row["clips"]
-            samples += row["samples"]
-            on_progress(clips, manifest.clips)
+        with quiet_ray_data():
+            for row in ray.data.from_items(items, override_num_blocks=len(items)).map(check).iter_rows():
+                faults += row["faults"]
+                ids.append(pa.array(row["clip_hashes"], pa.uint64()))
+                clips += row["clips"]
+                samples += row["samples"]
+                on_progress(clips, manifest.clips)
     faults += _duplicates(ids)
     accounts, more = _close_books(dataset, manifest)
     faults += more
     if clips != manifest.clips:
         faults.append(f"the shards hold {clips} clips, dataset.json says clips={manifest.clips}")
-    if abs(samples / 16_000 - manifest.seconds) > 1e-3 + 1e-9 * manifest.seconds:
-        faults.append(f"the clips last {samples / 16_000:.3f} s, dataset.json says seconds={manifest.seconds}")
+    if abs(samples / SAMPLE_RATE_HZ - manifest.seconds) > 1e-3 + 1e-9 * manifest.seconds:
+        faults.append(f"the clips last {samples / SAMPLE_RATE_HZ:.3f} s, dataset.json says seconds={manifest.seconds}")
     if faults:
         more_faults = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise DatasetDamaged(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from beats_ray.models.config import EncoderConfig, validated
+from beats_ray.models.config import RELEASED_SUFFIXES, EncoderConfig, validated
 from beats_ray.models.encoder import BeatsEncoder
 from beats_ray.models.heads import AudioClassifier, ClassifierConfig
 from beats_ray.models.tokenizers import (
@@ -33,7 +33,6 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LABELS_FILE = "labels.json"
-RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
 def save_model(module: nn.Module, path: str | os.PathLike[str], extra_config: dict[str, Any] | None = None) -> Path:

@@ -15,6 +15,7 @@ FBANK_STD = 6.55582  # released checkpoints
 SAMPLE_RATE_HZ = 16_000  # the only rate the published models were trained at
 NUM_MEL_BINS = 128
 PATCH_SIZE = 16
+RELEASED_SUFFIXES = (".pt", ".pth", ".ckpt")  # of checkpoint files that other projects write
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

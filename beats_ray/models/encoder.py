@@ -152,12 +152,13 @@ class BeatsEncoder(nn.Module):
         self, wave_BS: Tensor, num_samples_B: Tensor | None = None, **options: Any
     ) -> EncoderOutput:
         """Encodes 16 kHz waveforms (int16, or float in [-1, 1]); `options` as for `forward`."""
-        fbank_BTF, num_frames_B = self._normalised_fbank(wave_BS, num_samples_B)
+        fbank_BTF, num_frames_B = self.normalised_fbank(wave_BS, num_samples_B)
         whole = num_samples_B is None and fbank_BTF.shape[1] >= self.config.patch_size
         output: EncoderOutput = self(fbank_BTF, None if whole else num_frames_B, **options)
         return output
 
-    def _normalised_fbank(self, wave_BS: Tensor, num_samples_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def normalised_fbank(self, wave_BS: Tensor, num_samples_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (fbank_BTF, num_frames_B) of waveforms, normalised as this encoder's input; see `compute_fbank`."""
         fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B, self.config.num_mel_bins)
         return normalise_fbank(fbank_BTF, self.config.fbank_mean, self.config.fbank_std), num_frames_B
 
@@ -181,7 +182,7 @@ class BeatsEncoder(nn.Module):
             raise ValueError(f"compat={compat!r} is unknown; use 'exact' or 'release'")
         if padding_mask_BS is None or compat == "exact":
             return self.features_from_waveform(wave_BS, num_samples_B)
-        fbank_BTF, _ = self._normalised_fbank(wave_BS)
+        fbank_BTF, _ = self.normalised_fbank(wave_BS)
         patches_BNP, _ = patchify(fbank_BTF, None, self.config.patch_size)
         is_pad_BN = release_patch_padding(padding_mask_BS, fbank_BTF.shape[1], patches_BNP.shape[1])
         return self._encode(patches_BNP, is_pad_BN, depth=self.config.num_layers, zero_padding=False)

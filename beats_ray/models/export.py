@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from beats_ray.models.config import SAMPLE_RATE_HZ
 from beats_ray.models.encoder import BeatsEncoder
-from beats_ray.models.fbank import FRAME_SAMPLES, SHIFT_SAMPLES, compute_fbank, normalise_fbank
+from beats_ray.models.fbank import FRAME_SAMPLES, SHIFT_SAMPLES
 from beats_ray.models.heads import AudioClassifier
 
 EXPORTED_SUFFIXES = (".onnx", ".pt2")
@@ -58,9 +58,7 @@ class ClassifierFromWaveform(nn.Module):
 
     def forward(self, wave_BS: Tensor, num_samples_B: Tensor) -> Tensor:
         """Returns probabilities_BC."""
-        config = self.classifier.encoder.config
-        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B, config.num_mel_bins)
-        fbank_BTF = normalise_fbank(fbank_BTF, config.fbank_mean, config.fbank_std)
+        fbank_BTF, num_frames_B = self.classifier.encoder.normalised_fbank(wave_BS, num_samples_B)
         return self.classifier.probabilities(self.classifier(fbank_BTF, num_frames_B))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from beats_ray.models.checkpoints import load_weights
 from beats_ray.models.config import FBANK_MEAN, FBANK_STD, NUM_MEL_BINS, EncoderConfig, validated
-from beats_ray.models.encoder import BeatsEncoder, Positions
+from beats_ray.models.encoder import BeatsEncoder
 from beats_ray.models.heads import AudioClassifier, ClassifierConfig
 from beats_ray.models.quantizer import QuantizerConfig
 from beats_ray.models.tokenizers import SelfDistilledTokenizer, TokenizerConfig
@@ -98,20 +98,21 @@ def load_released(path: str | os.PathLike[str]) -> nn.Module:
     settings, weights, class_names = _read_layout(file, _unpickle(file))
     from_espnet = any(name.startswith(_ESPNET_ONLY) for name in weights)
     weights = {name: value.float() for name, value in weights.items() if not name.startswith(_ESPNET_ONLY)}
-    encoder = BeatsEncoder(_encoder_config(file, settings), _positions(from_espnet))
+    encoder = BeatsEncoder(_encoder_config(file, settings), "compact" if from_espnet else "true")
     module: nn.Module
     if "quantize.embedding.weight" in weights:
         module, weights = _tokenizer(encoder.config, weights)
     elif "predictor.weight" in weights:
-        names = class_names if class_names else None
         head = ClassifierConfig(
             num_classes=len(weights["predictor.weight"]),
             multi_label=bool(settings.get("multi_label", True)),
             dropout=float(settings.get("predictor_dropout", 0.1)),
         )
-        if names is not None and len(names) != head.num_classes:
-            raise ValueError(f"{file} has {len(names)} class names for {head.num_classes} classes; get a whole copy")
-        module = AudioClassifier(encoder, head, names)
+        if class_names and len(class_names) != head.num_classes:
+            raise ValueError(
+                f"{file} has {len(class_names)} class names for {head.num_classes} classes; get a whole copy"
+            )
+        module = AudioClassifier(encoder, head, class_names or None)
         weights = {name if name.startswith("predictor.") else f"encoder.{name}": one for name, one in weights.items()}
     else:
         module = encoder
@@ -253,10 +254,6 @@ def _encoder_config(file: Path, settings: dict[str, Any]) -> EncoderConfig:
         return validated(EncoderConfig, values)
     except ValueError as error:
         raise ValueError(f"{file}: its cfg describes no encoder: {error}") from None
-
-
-def _positions(from_espnet: bool) -> Positions:
-    return "compact" if from_espnet else "true"
 
 
 def _tokenizer(config: EncoderConfig, weights: Weights) -> tuple[SelfDistilledTokenizer, Weights]:

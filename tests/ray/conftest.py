@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
     with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as store, pytest.MonkeyPatch.context() as patch:
-        store.make_bucket("beats")
+        for bucket in ("beats", "clips"):
+            store.make_bucket(bucket)
         for name, value in store.environment().items():
             patch.setenv(name, value)
         yield store
 
 
 @pytest.fixture(scope="module")
-def cluster(store: EmbeddedObjectStore) -> Iterator[None]:
-    """A private cluster whose processes inherit the store's environment."""
+def cluster(store: EmbeddedObjectStore) -> Iterator[EmbeddedObjectStore]:
+    """A private cluster whose processes know the store; yields the store."""
     import ray
 
     with (
@@ -34,12 +35,12 @@ def cluster(store: EmbeddedObjectStore) -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         ray.init(
             address="local",
-            num_cpus=2,
-            object_store_memory=200 * 2**20,
+            num_cpus=4,
+            object_store_memory=300 * 2**20,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-        yield
+        yield store
         ray.shutdown()

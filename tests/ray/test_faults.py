@@ -15,7 +15,7 @@ from beats_ray.data.manifest import read_manifest
 from beats_ray.data.prepare import prepare
 from beats_ray.data.sample import make_sample_set
 from beats_ray.data.storage import open_place
-from beats_ray.data.stream import build_eval_stream, build_stream, execution_options, iterate_micro_batches
+from beats_ray.data.stream import build_eval_stream, read_alone
 from beats_ray.launch import ray_cluster
 from beats_ray.objectstore import EmbeddedObjectStore
 
@@ -67,22 +67,8 @@ def dataset(cluster: None, proxy: FaultProxy, raw: Path) -> str:
 def clips_of_one_epoch(dataset: str) -> Counter[str]:
     """How often each clip comes in the first epoch, as a training worker reads it."""
     place = open_place(dataset)
-    stream = build_stream(
-        place, read_manifest(place), SETTINGS, seed=1, global_batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
-        start_step=0, stop_step=NUM_CLIPS // GLOBAL_BATCH,
-    )  # fmt: skip
-    stream.context.execution_options = execution_options(SETTINGS)
-    (shard,) = stream.streaming_split(1, equal=True)
-    batches = iterate_micro_batches(
-        shard,
-        GLOBAL_BATCH,
-        2,
-        first_step=0,
-        stop_step=NUM_CLIPS // GLOBAL_BATCH,
-        global_batch_size=GLOBAL_BATCH,
-        rank=0,
-        world_size=1,
-    )
+    steps = NUM_CLIPS // GLOBAL_BATCH
+    batches = read_alone(place, read_manifest(place), SETTINGS, batch_size=GLOBAL_BATCH, num_steps=steps, seed=1)
     return Counter(clip_id for batch in batches for clip_id in batch.clip_ids)
 
 

@@ -1,8 +1,6 @@
 """The stream from real shards: what is read, in which order it arrives, and that labels and crops stay together."""
 
 import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,23 +282,6 @@ def test_damaged_shards_are_named(tmp_path: Path, column: str, values: list[Any]
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
-    """A local cluster, and an S3 server that its workers know."""
-    import ray
-
-    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as store, pytest.MonkeyPatch.context() as environment:
-        store.make_bucket("clips")
-        for name, value in store.environment().items():
-            environment.setenv(name, value)
-        ray.init(
-            address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR,
-        )  # fmt: skip
-        yield store
-        ray.shutdown()
 
 
 def read_with_workers(

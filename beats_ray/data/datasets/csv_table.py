@@ -33,15 +33,18 @@ def read_csv_table(source: Place, layout: LayoutSettings) -> SourceListing:
     table = _find_table(source, layout)
     sizes = list_files(root)
     rows: dict[str, dict[str, str]] = {}
+    folds: dict[str, int] = {}
     bad: dict[str, tuple[str, str]] = {}
     for line, row in read_csv(table, ("path",)):
-        name = str(PurePosixPath(row["path"]))
+        name, fold = str(PurePosixPath(row["path"])), parse_fold(row.get("fold", ""))
         if name in rows:
             bad.setdefault(name, ("duplicate-row", f"line {line} names it again"))
         elif name not in sizes:
             bad[name] = "missing-file", f"line {line} names it, the source does not hold it"
-        elif parse_fold(row.get("fold", "")) is None:
+        elif fold is None:
             bad[name] = "bad-fold", f"line {line}: fold={row['fold']!r} is not a whole number from 0 to {MAX_FOLD}"
+        else:
+            folds[name] = fold
         rows.setdefault(name, row)
     listing = SourceListing(
         quarantined=[Quarantined(name, *fault, sizes.get(name, 0)) for name, fault in bad.items()],
@@ -55,9 +58,7 @@ def read_csv_table(source: Place, layout: LayoutSettings) -> SourceListing:
     ids = clip_ids(good)
     clips: list[LabelledClip] = []
     for name, row in good.items():
-        fold = parse_fold(row.get("fold", ""))
-        assert fold is not None
-        clip = SourceClip(name, ids[name], sizes[name], fold=fold, split=row.get("split", ""))
+        clip = SourceClip(name, ids[name], sizes[name], fold=folds[name], split=row.get("split", ""))
         clips.append((clip, _split_labels(row.get("labels", ""), layout.label_separator)))
     add_labelled(listing, clips, f"{table.uri}: column 'labels'")
     if not listing.num_files:
