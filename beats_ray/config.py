@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from beats_ray.errors import ConfigError, UserError
 from beats_ray.models.config import ENCODER_PRESETS, EncoderConfig, encoder_config
 from beats_ray.settings import (
-    ConfigError,
     Section,
-    UserError,
     field_names,
     fingerprint,
     load_config,

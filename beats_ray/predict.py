@@ -12,7 +12,7 @@ import torch
 from beats_ray.config import UserError
 from beats_ray.console import Console
 from beats_ray.data.decode import BadAudio, decode_clip
-from beats_ray.data.manifest import SAMPLE_RATE_HZ
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
 from beats_ray.inference import load_checked
 from beats_ray.models import AudioClassifier

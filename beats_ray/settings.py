@@ -15,13 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-
-class UserError(Exception):
-    """A mistake of the user's: shown as one line on stderr, exit status 2, no stack trace."""
-
-
-class ConfigError(UserError):
-    """A configuration that breaks a rule; the message names field, value, rule and remedy."""
+from beats_ray.errors import ConfigError
 
 
 class Section(BaseModel):

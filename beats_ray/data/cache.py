@@ -20,8 +20,9 @@ import ray
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
-from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest
+from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import (
+    SAMPLE_RATE_HZ,
     ClipPlan,
     ClipWeights,
     RowGroupRef,

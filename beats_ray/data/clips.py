@@ -6,14 +6,20 @@ This is what the tasks of the stream run, so it imports numpy and pyarrow only: 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, repeat
 
 import numpy as np
 import pyarrow as pa
 
-from beats_ray.config import UserError
 from beats_ray.data.decode import decode_flac
-from beats_ray.data.manifest import SAMPLE_RATE_HZ
-from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, crop_offset, patch_labels_in
+from beats_ray.data.plan import (
+    LABELS_PER_PATCH_ROW,
+    SAMPLE_RATE_HZ,
+    SAMPLES_PER_PATCH_ROW,
+    crop_offset,
+    patch_labels_in,
+)
+from beats_ray.errors import UserError
 
 NO_PATCH_LABEL = -1
 
@@ -83,21 +89,12 @@ def make_examples(clips: Sequence[Clip], positions_B: np.ndarray, spec: ExampleS
 
 def decode_clips(rows: pa.Table) -> list[Clip]:
     """The clips of shard rows. UserError that names the clip where its audio is not what the shard says."""
-    audio, labels = rows.column("audio"), rows.column("labels")
-    patch_labels = rows.column("patch_labels") if "patch_labels" in rows.column_names else None
-    clips = []
-    for row, (clip_id, num_samples) in enumerate(
-        zip(rows.column("clip_id").to_pylist(), rows.column("num_samples").to_pylist(), strict=True)
-    ):
-        clips.append(
-            Clip(
-                clip_id,
-                _decode(audio[row].as_py(), clip_id, num_samples),
-                np.array(labels[row].as_py() or (), dtype=np.int16),
-                None if patch_labels is None else _list_values(patch_labels[row]),
-            )
-        )
-    return clips
+    audio, clip_ids = rows.column("audio"), rows.column("clip_id").to_pylist()
+    num_samples = rows.column("num_samples").to_pylist()
+    labels = _lists(rows.column("labels"))
+    patch_labels = _lists(rows.column("patch_labels")) if "patch_labels" in rows.column_names else repeat(None)
+    waves = (_decode(audio[row].as_buffer(), clip_ids[row], num_samples[row]) for row in range(rows.num_rows))
+    return list(map(Clip, clip_ids, waves, labels, patch_labels))
 
 
 def example_decoder(
@@ -137,10 +134,10 @@ def decode_whole_clips(rows: pa.Table) -> pa.Table:
     return rows.drop_columns(["audio"]).append_column("wave", wave)
 
 
-def _decode(data: bytes, clip_id: str, num_samples: int) -> np.ndarray:
+def _decode(data: pa.Buffer, clip_id: str, num_samples: int) -> np.ndarray:
     try:
-        wave_S = decode_flac(data)
-    except (RuntimeError, ValueError) as error:  # soundfile's error is a RuntimeError
+        wave_S = decode_flac(data, num_samples)
+    except ValueError as error:
         raise UserError(
             f"clip {clip_id!r}: its audio in the shard does not decode; prepare the data set again"
         ) from error
@@ -152,8 +149,14 @@ def _decode(data: bytes, clip_id: str, num_samples: int) -> np.ndarray:
     return wave_S
 
 
-def _list_values(scalar: pa.ListScalar) -> np.ndarray:
-    return np.asarray(scalar.values.to_numpy(zero_copy_only=False))
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The rows of a column of lists as views of its values; a Python object for each value would cost too much."""
+    arrays: list[np.ndarray] = []
+    for chunk in column.chunks:
+        values = chunk.values.to_numpy(zero_copy_only=False)
+        offsets = chunk.offsets.to_numpy().tolist()
+        arrays += [values[first:last] for first, last in pairwise(offsets)]
+    return arrays
 
 
 def _set_targets(targets_C: np.ndarray, clip: Clip) -> None:

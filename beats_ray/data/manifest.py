@@ -18,7 +18,6 @@ from beats_ray.config import Section, UserError
 from beats_ray.data.storage import Place
 
 FORMAT_VERSION: Literal[1] = 1
-SAMPLE_RATE_HZ = 16_000
 NO_FOLD = -1
 
 

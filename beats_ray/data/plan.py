@@ -14,13 +14,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beats_ray.config import UserError
-from beats_ray.data.manifest import DatasetManifest
+from beats_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from beats_ray.data.manifest import DatasetManifest
 
 SEED_MASK = 2**64 - 1  # numpy takes no negative seeds
+SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_PATCH_ROW = 2560  # 16 frames of 10 ms at 16 kHz
 LABELS_PER_PATCH_ROW = 8  # 128 mel bins in patches of 16
 
@@ -146,7 +150,7 @@ class ClipPlan:
 
 
 def build_plan(
-    manifest: DatasetManifest,
+    manifest: "DatasetManifest",
     *,
     seed: int = 0,
     folds: Sequence[int] = (),

@@ -34,7 +34,8 @@ from beats_ray.data.datasets.speech_commands import read_speech_commands
 from beats_ray.data.datasets.unlabelled import read_unlabelled
 from beats_ray.data.datasets.webdataset import read_webdataset
 from beats_ray.data.decode import MIN_SAMPLES
-from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, read_manifest
+from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.shard_writer import FbankSums, ShardPlan, ShardResult, finished_result, write_shard
 from beats_ray.data.source import (
     Quarantined,

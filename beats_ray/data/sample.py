@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from beats_ray.data.manifest import SAMPLE_RATE_HZ
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.soundscapes import SYNTHESISERS, Wave, coloured_noise, recolour
 
 NUM_FOLDS = 5

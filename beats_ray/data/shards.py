@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from beats_ray.config import UserError
 from beats_ray.data.manifest import DatasetManifest, Shard, shards_fingerprint
 from beats_ray.data.plan import ClipPlan, RowGroupRef, Window
 from beats_ray.data.storage import Place, read_table, storage_errors, with_retries
+from beats_ray.errors import UserError
 
 COLUMNS = ["clip_id", "audio", "num_samples", "labels"]
 READ_THREADS = 8  # row groups in flight in one task: object stores answer late and in parallel

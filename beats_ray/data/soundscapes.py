@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from beats_ray.data.manifest import SAMPLE_RATE_HZ
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 
 LOWEST_HZ = 200.0
 HIGHEST_HZ = 3400.0

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from beats_ray.config import UserError
 from beats_ray.data.clips import decode_clips
-from beats_ray.data.manifest import SAMPLE_RATE_HZ, DatasetManifest, Shard, read_manifest
+from beats_ray.data.manifest import DatasetManifest, Shard, read_manifest
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.prepare import quiet_ray_data
 from beats_ray.data.shard_writer import SCHEMA
 from beats_ray.data.storage import Place, open_place, read_table
