@@ -11,6 +11,7 @@ Paths are local or `s3://bucket/key`. Keys and endpoints of object stores never 
 standard AWS environment variables.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -211,8 +212,9 @@ class TrainSettings(Section):
     """Clips in one optimizer step over all workers. Paper: about 560 clips of 10 s for pre-training."""
     micro_batch_size: PositiveInt = 8
     """Clips in one forward pass on one worker; accumulation follows from the global batch size."""
-    num_workers: PositiveInt = 1
-    """Ray Train workers (data parallel)."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Ray Train workers (data parallel), or [fewest, most] for elastic training: as many as the cluster has room for,
+    changed in mid-run as nodes come and go."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs reserved for a worker."""
     use_gpu: bool = False
@@ -232,18 +234,27 @@ class TrainSettings(Section):
     checkpoint_every_steps: PositiveInt = 1000
     """Steps between two resume checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Resume checkpoints that stay on storage."""
+    """Newest resume checkpoints that stay on storage; the one with the best validation result stays too."""
+    storage_retry_seconds: PositiveFloat = 300.0
+    """How long a checkpoint or a record is tried again while the object store fails."""
     max_failures: NonNegativeInt = 3
-    """Worker failures after which the run gives up."""
+    """Worker failures after which the run gives up; nodes that announce their end (spot) do not count."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row with a loss or gradient that is no finite number; each is skipped, then the run ends."""
+    collective_timeout_seconds: PositiveFloat = 900.0
+    """A collective operation that takes longer has lost a worker: the run restarts from its last checkpoint."""
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:
-        clips = self.micro_batch_size * self.num_workers
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers={list(self.worker_range)}: fewest is more than most; swap them")
+        clips = self.micro_batch_size * math.lcm(*range(self.min_workers, self.max_workers + 1))
         if self.global_batch_size % clips:
             nearest = max(1, round(self.global_batch_size / clips)) * clips
+            shown = self.min_workers if self.min_workers == self.max_workers else f"each of {list(self.worker_range)}"
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size "
-                f"({self.micro_batch_size}) x num_workers ({self.num_workers}) = {clips}; use {nearest}"
+                f"({self.micro_batch_size}) x num_workers ({shown}) = {clips}; use {nearest}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
@@ -257,9 +268,23 @@ class TrainSettings(Section):
         return self
 
     @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches that one worker accumulates in one optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.worker_range[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run uses."""
+        return self.worker_range[1]
+
+    def accumulation_steps(self, num_workers: int) -> int:
+        """Micro-batches that one of so many workers accumulates in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * num_workers)
 
 
 class AugmentSettings(Section):

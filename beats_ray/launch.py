@@ -73,16 +73,17 @@ def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
 
     total = ray.cluster_resources()
     reading = required_cpus(data)
-    needed = settings.num_workers * settings.cpus_per_worker + reading
+    workers = settings.min_workers
+    needed = workers * settings.cpus_per_worker + reading
     if needed > total.get("CPU", 0.0):
         raise ConfigError(
-            f"train.num_workers={settings.num_workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
+            f"train.num_workers={workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
             f"for the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g} (a private one "
             "counts every core twice); lower num_workers or cpus_per_worker, or raise ray.num_cpus"
         )
-    if settings.use_gpu and settings.num_workers > total.get("GPU", 0.0):
+    if settings.use_gpu and workers > total.get("GPU", 0.0):
         raise ConfigError(
-            f"train.num_workers={settings.num_workers} with use_gpu needs as many GPUs; the cluster has "
+            f"train.num_workers={workers} with use_gpu needs as many GPUs; the cluster has "
             f"{total.get('GPU', 0.0):g}; lower num_workers or set train.use_gpu=false"
         )
 

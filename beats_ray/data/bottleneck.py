@@ -19,7 +19,7 @@ def name_bottleneck(
     read, decode = metrics.get("data/read_seconds_per_clip"), metrics.get("data/decode_seconds_per_clip")
     if wait <= MOST_WAIT_FRACTION or read is None or decode is None or rate <= 0.0:
         return None
-    free = cluster_cpus - train.num_workers * train.cpus_per_worker - data.read_tasks * READ_CPUS
+    free = cluster_cpus - train.max_workers * train.cpus_per_worker - data.read_tasks * READ_CPUS
     decode_tasks = max(1.0, free // data.decode_cpus)
     storage_rate, decode_rate = data.read_tasks / max(read, 1e-9), decode_tasks / max(decode, 1e-9)
     facts = f"workers wait for data {wait:.0%} of the time: storage could bring {storage_rate:.0f} clips/s"

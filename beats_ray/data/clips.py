@@ -142,8 +142,9 @@ def _decode(data: pa.Buffer, clip_id: str, num_samples: int) -> np.ndarray:
             f"clip {clip_id!r}: its audio in the shard does not decode; prepare the data set again"
         ) from error
     if len(wave_S) != num_samples:
+        found = "more" if len(wave_S) > num_samples else len(wave_S)
         raise UserError(
-            f"clip {clip_id!r}: the shard says num_samples={num_samples}, its audio has {len(wave_S)}; "
+            f"clip {clip_id!r}: the shard says num_samples={num_samples}, its audio has {found}; "
             "prepare the data set again"
         )
     return wave_S

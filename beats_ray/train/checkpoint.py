@@ -1,95 +1,184 @@
-"""Resume checkpoints on storage: committed before they count, verified before they are used.
+"""Resume checkpoints on storage: written beside training, committed before they count, verified before they are used.
 
-Layout: `FOLDER/step-00001000/` holds every rank's files and, written last, `commit.json` with the size and SHA-256 of
-each. A folder without `commit.json` is an interrupted save and is never used; one whose files do not match it is
-damaged, and the checkpoint before it is taken instead.
+Layout: `FOLDER/step-00001000/` holds one `rank-00000-TOKEN.safetensors` for each worker, its size and SHA-256 in a
+`.json` of the same name, and, written last, `commit.json` with those of all. A folder without `commit.json` is an
+interrupted save and is never used; one whose files do not match it is damaged, and the checkpoint before it is taken.
+
+The state does not depend on the ZeRO stage or the number of workers (see `Engine.snapshot`): any run goes on from it.
+Nothing random is saved, since the loop draws everything from (seed, step, place).
 """
 
 import hashlib
 import logging
-import tempfile
-from pathlib import Path
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
-from beats_ray.data.storage import Place
+import torch
+
+from beats_ray.data.storage import Place, StorageError, with_retries
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+COMMIT_SECONDS = 900.0
+"""How long the first worker waits for the files of the others; then the save counts as failed."""
+POLL_SECONDS = 0.1
+THREAD_NAME = "checkpoint upload"
 
-def committed_steps(folder: Place) -> list[int]:
-    """Steps with a committed checkpoint, oldest first."""
-    return sorted(
-        int(place.name.removeprefix("step-"))
-        for place in folder.list()
-        if place.name.startswith("step-") and (place / "commit.json").exists()
-    )
+ResultT = TypeVar("ResultT")
+
+
+def sound_steps(folder: Place) -> list[int]:
+    """Steps with a committed checkpoint whose files are all there in their size, oldest first: one listing of sizes.
+
+    A warning for each that is damaged. Content is verified by whoever restores it.
+    """
+    sizes = folder.sizes(recursive=True)
+    steps = []
+    for name in sizes:
+        step, _, file = name.partition("/")
+        if file == "commit.json" and step.startswith("step-"):
+            problem = _find_missing(folder / step, sizes)
+            if problem is None:
+                steps.append(int(step.removeprefix("step-")))
+            else:
+                logger.warning("checkpoint %s is damaged (%s); using the one before", step, problem)
+    return sorted(steps)
+
+
+def _find_missing(checkpoint: Place, sizes: dict[str, int]) -> str | None:
+    try:
+        files = (checkpoint / "commit.json").read_json()["files"]
+    except (FileNotFoundError, ValueError):
+        return "commit.json does not read"
+    for name, expected in files.items():
+        found = sizes.get(f"{checkpoint.name}/{name}")
+        if found != expected["bytes"]:
+            return f"{name} has {found} bytes, not the {expected['bytes']} committed" if found else f"{name} is missing"
+    return None
 
 
 class ResumeCheckpoints:
-    """Saves and restores the engine and a small state of the loop's below one folder."""
+    """Saves and restores the engine below one folder. Every worker of a run has one and calls it alike.
 
-    def __init__(self, folder: Place, context: WorkerContext, keep: int) -> None:
+    keep: the newest checkpoints that stay; the one with the best score stays too.
+    """
+
+    def __init__(self, folder: Place, context: WorkerContext, keep: int, retry_seconds: float = 0.0) -> None:
         self.folder = folder
+        self.blocked_seconds = 0.0
+        """How long saves have held training up so far."""
         self._context = context
         self._keep = keep
+        self._retry_seconds = retry_seconds
+        self._token: str = context.gather(uuid.uuid4().hex[:8])[0]  # tells this attempt's files from an earlier one's
+        self._upload: threading.Thread | None = None
+        self._failure: Exception | None = None
 
-    def save(self, engine: Engine, step: int) -> None:
-        """Writes and commits the state after `step` optimizer steps, then drops the oldest. All ranks must call it."""
-        target = self.folder / f"step-{step:08d}"
-        with tempfile.TemporaryDirectory(prefix="beats-ray-save-") as scratch:
-            engine.save(Path(scratch), {"step": step})
-            files = {}
-            for source in sorted(Path(scratch).rglob("*")):
-                if source.is_file():
-                    data = source.read_bytes()
-                    name = source.relative_to(scratch).as_posix()
-                    (target / name).write_bytes(data)
-                    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        every_rank = self._context.gather(files)  # all files are up before the commit
-        if self._context.rank == 0:
-            commit = {
-                "step": step,
-                "world_size": self._context.world_size,
-                "files": dict(sorted(_union(every_rank).items())),
-            }
-            (target / "commit.json").write_json(commit)
-            for old in committed_steps(self.folder)[: -self._keep]:
-                (self.folder / f"step-{old:08d}").delete()
+    def save(self, engine: Engine, step: int, score: float | None = None) -> None:
+        """Copies the state after `step` optimizer steps and writes it in the background. All ranks must call it.
+
+        score: how good the model is, larger is better. Raises what the save before failed with, if it did.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        state = engine.snapshot()
+        self._upload = threading.Thread(target=self._write, args=(state, step, score), daemon=True, name=THREAD_NAME)
+        self._upload.start()
+        self.blocked_seconds += time.perf_counter() - begun
+
+    def wait(self) -> None:
+        """Returns once the last save is on storage (and, on rank 0, committed); raises what it failed with."""
+        if self._upload is not None:
+            self._upload.join()
+            self._upload = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def restore(self, engine: Engine) -> int:
         """Loads the newest sound checkpoint and returns its step; 0 where there is none. All ranks must call it."""
-        with tempfile.TemporaryDirectory(prefix="beats-ray-restore-") as scratch:
-            for step in reversed(committed_steps(self.folder)):
-                local = Path(scratch) / str(step)
-                problem = fetch_verified(self.folder / f"step-{step:08d}", local)
-                problems = [found for found in self._context.gather(problem) if found]
-                if problems:
-                    if self._context.rank == 0:  # whoever looks next, a data stream among them, must not count it
-                        damaged = self.folder / f"step-{step:08d}" / "commit.json"
-                        damaged.delete()
-                    logger.warning("checkpoint step %d is damaged (%s); using the one before", step, problems[0])
-                    continue
-                return int(engine.load(local)["step"])
-        return 0
+        context = self._context
+        while True:
+            step = context.gather(self._newest() if context.rank == 0 else 0)[0]
+            if not step:
+                return 0
+            state, problem = self._retried(partial(_read, self._at(step)))
+            problems = [found for found in context.gather(problem) if found]
+            if not problems:
+                engine.restore(state)
+                return int(step)
+            if context.rank == 0:  # whoever looks next, a data stream among them, must not count it
+                (self._at(step) / "commit.json").delete()
+                logger.warning("checkpoint step %d is damaged (%s); using the one before", step, problems[0])
+
+    def _newest(self) -> int:
+        steps = self._retried(partial(sound_steps, self.folder))
+        return steps[-1] if steps else 0
+
+    def _at(self, step: int) -> Place:
+        return self.folder / f"step-{step:08d}"
+
+    # --- in the background --------------------------------------------------------------------------------------------
+
+    def _write(self, state: dict[str, torch.Tensor], step: int, score: float | None) -> None:
+        from safetensors.torch import save
+
+        try:
+            name = f"rank-{self._context.rank:05d}-{self._token}"
+            data = save(state)
+            state.clear()
+            entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            target = self._at(step)
+            self._retried(lambda: (target / f"{name}.safetensors").write_bytes(data))
+            self._retried(lambda: (target / f"{name}.json").write_json(entry))
+            if self._context.rank == 0:
+                self._commit(target, step, score)
+        except (StorageError, TimeoutError) as error:  # the next call of `save` or `wait` raises it
+            self._failure = error
+
+    def _retried(self, work: Callable[[], ResultT]) -> ResultT:
+        return with_retries(work, self._retry_seconds)
+
+    def _commit(self, target: Place, step: int, score: float | None) -> None:
+        """Waits for the files of all ranks, commits them and drops what is not kept."""
+        names = [f"rank-{rank:05d}-{self._token}" for rank in range(self._context.world_size)]
+        wanted = {f"{name}.json" for name in names}
+        deadline = time.monotonic() + COMMIT_SECONDS
+        while not wanted <= set(self._retried(target.sizes)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{target.uri}: the other workers' files did not come within {COMMIT_SECONDS:g} s")
+            time.sleep(POLL_SECONDS)
+        files = {f"{name}.safetensors": self._retried((target / f"{name}.json").read_json) for name in names}
+        commit = {"step": step, "world_size": len(names), "score": score, "files": files}
+        self._retried(lambda: (target / "commit.json").write_json(commit))
+        self._retried(self._drop_old)
+
+    def _drop_old(self) -> None:
+        steps = sound_steps(self.folder)  # a damaged one never takes the place of a good one
+        scores = {step: (self._at(step) / "commit.json").read_json().get("score") for step in steps}
+        best = max((step for step in steps if scores[step] is not None), key=lambda step: scores[step], default=None)
+        for step in steps[: -self._keep]:
+            if step != best:
+                self._at(step).delete()
 
 
-def fetch_verified(source: Place, target: Path) -> str | None:
-    """Downloads a committed checkpoint; returns what is wrong with it, or None when every checksum holds."""
+def _read(source: Place) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The whole state of a committed checkpoint, and what is wrong with it or None."""
+    from safetensors.torch import load
+
+    state: dict[str, torch.Tensor] = {}
     for name, expected in (source / "commit.json").read_json()["files"].items():
         try:
             data = (source / name).read_bytes()
         except FileNotFoundError:
-            return f"{name} is missing"
+            return {}, f"{name} is missing"
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            return f"{name} has {len(data)} bytes and another checksum than the {expected['bytes']} bytes committed"
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(data)
-    return None
-
-
-def _union(parts: list[dict[str, dict[str, object]]]) -> dict[str, dict[str, object]]:
-    merged: dict[str, dict[str, object]] = {}
-    for part in parts:
-        merged |= part
-    return merged
+            return {}, f"{name} has {len(data)} bytes and another checksum than the {expected['bytes']} bytes committed"
+        state |= load(data)
+    return state, None

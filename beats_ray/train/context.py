@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 Report = Callable[[int, dict[str, float]], None]
+Notice = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class WorkerContext:
     world_size: int
     device: torch.device
     report: Report
+    notice: Notice = lambda: False
+    """Whether this process or another is about to be taken away; every worker must ask equally often."""
 
     def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, in place."""
@@ -50,6 +53,7 @@ def ray_train_context() -> WorkerContext:
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         report=lambda step, metrics: ray.train.report({"step": step, **metrics}),
+        notice=lambda: ray.train.get_preemption_info() is not None,
     )
 
 

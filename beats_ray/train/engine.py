@@ -4,24 +4,25 @@ The engine owns the module, the optimizer and the precision; the loop owns order
 """
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from beats_ray.config import ConfigError, TrainSettings
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
-TAG = "state"  # one checkpoint a folder, so the tag never varies
+MASTER = "fp32"  # of a trained parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
-def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
-    """The DeepSpeed configuration that `settings` mean. ConfigError where `deepspeed.*` sets what is derived."""
+def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of so many workers. ConfigError where `deepspeed.*` sets what is derived."""
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.accumulation_steps,
+        "gradient_accumulation_steps": settings.accumulation_steps(num_workers),
         "train_batch_size": settings.global_batch_size,
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": {"stage": settings.zero_stage},
@@ -48,10 +49,11 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = settings.use_gpu
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._settings = settings
+        self._accumulation_steps = settings.accumulation_steps(dist.get_world_size())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(module, settings, depths),
-            config=deepspeed_config(settings),
+            config=deepspeed_config(settings, dist.get_world_size()),
             dist_init_required=False,
         )
 
@@ -71,15 +73,28 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates the gradient of this rank's part of the global mean loss."""
         # DeepSpeed averages over ranks and divides by the accumulation steps; `loss` is a share of a sum.
-        self._engine.backward(loss * self._engine.world_size * self._settings.accumulation_steps)
+        self._engine.backward(loss * self._engine.world_size * self._accumulation_steps)
 
-    def step(self, step: int, last_micro_batch: bool) -> None:
-        """Ends a micro-batch; after the last one of a step the optimizer moves, at step `step`'s learning rate."""
+    def step(self, step: int, last_micro_batch: bool) -> bool:
+        """Ends a micro-batch; after the last one of a step the optimizer moves, at step `step`'s learning rate.
+
+        Returns False, alike on all ranks, where it did not move because a gradient was no finite number.
+        """
         if last_micro_batch:
             rate = learning_rate(step, self._settings)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
+        if last_micro_batch and not self._settings.zero_stage and not self._gradients_are_finite():
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1  # all else that `step` does is to move the weights
+            return False
         self._engine.step()
+        return not (last_micro_batch and getattr(self._optimizer, "overflow", False))
+
+    def _gradients_are_finite(self) -> bool:
+        """Of a run without ZeRO, where all ranks hold the same gradients; ZeRO looks by itself."""
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def grad_norm(self) -> float:
         """Global gradient norm before clipping of the last step; 0 before the first."""
@@ -91,25 +106,181 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes this rank's shards; every rank must call it, each with its own folder or all with one."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the training state, copied to the CPU; every rank must call it.
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restores module, optimizer and precision state; returns what `save` was given as `state`."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
-        return dict(state)
+        All parts together name each trained parameter's fp32 value and moments, whole (`NAME/fp32`, `NAME/exp_avg`,
+        `NAME/exp_avg_sq`), every other parameter and buffer (`NAME`) and the optimizer's step: the same state whatever
+        the ZeRO stage, the precision and the number of workers.
+        """
+        self._link_moments()
+        rank, world_size = self._engine.global_rank, self._engine.world_size
+        parts: dict[str, torch.Tensor] = {}
+        held = [0] * world_size  # bytes by rank, so that each writes about as much
+        for name, parameter in self.module.named_parameters():
+            owner = held.index(min(held))
+            for key in (MASTER, *MOMENTS) if parameter.requires_grad else ("",):
+                value = self._whole(parameter, key)
+                held[owner] += value.numel() * value.element_size()
+                if rank == owner:
+                    parts[f"{name}/{key}" if key else name] = _to_cpu(value)
+        if rank == 0:
+            parts |= {name: _to_cpu(buffer) for name, buffer in self.module.named_buffers()}
+            parts["optimizer/step"] = torch.tensor(self._optimizer_step(), dtype=torch.float32)
+            parts |= {f"loss_scale/{name}": torch.tensor(value) for name, value in self._loss_scale().items()}
+        return parts
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over the union of every rank's `snapshot`, of a run of any ZeRO stage and number of workers.
+
+        RuntimeError where the state is that of another module.
+        """
+        named = dict(self.module.named_parameters())
+        buffers = dict(self.module.named_buffers())
+        expected = {name if not value.requires_grad else f"{name}/{MASTER}" for name, value in named.items()}
+        known = {name for name in state if not name.startswith(("optimizer/", "loss_scale/"))}
+        found = {name for name in known if not name.endswith(tuple(f"/{key}" for key in MOMENTS))}
+        if found != expected | set(buffers):
+            missing = sorted((expected | set(buffers)) ^ found)
+            raise RuntimeError(f"the checkpoint is of another model: {missing[0]!r} is only in one of the two")
+        self._begin_moments(float(state["optimizer/step"]))
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(state[name])
+            for name, parameter in named.items():
+                if not parameter.requires_grad:
+                    self._set_weight(parameter, state[name])
+                    continue
+                self._set_weight(parameter, state[f"{name}/{MASTER}"])
+                for key in (MASTER, *MOMENTS):
+                    self._set_whole(parameter, key, state[f"{name}/{key}"])
+        for name in self._loss_scale():
+            setattr(self._optimizer.loss_scaler, name, state[f"loss_scale/{name}"].item())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """Every weight, whole, on the CPU; under ZeRO-3 the shards are gathered, so all ranks must call it."""
-        if self._settings.zero_stage == 3:
-            import deepspeed
+        """Every weight, whole, on the CPU, trained ones in fp32; all ranks must call it."""
+        trained = {
+            name: _to_cpu(self._whole(parameter, MASTER if parameter.requires_grad else ""))
+            for name, parameter in self.module.named_parameters()
+        }
+        rest = {name: value for name, value in self.module.state_dict().items() if name not in trained}
+        return trained | {name: _to_cpu(value) for name, value in rest.items()}
 
-            with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-                return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
-        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+    # --- one parameter, whole, under any ZeRO stage -------------------------------------------------------------------
+
+    def _whole(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        """A parameter's weight, or with a key its fp32 value or moment, gathered from all ranks."""
+        import deepspeed.utils as zero
+
+        if not key:
+            with self._gathered(parameter):
+                return parameter.detach().clone()
+        if self._settings.zero_stage == 0:
+            return parameter.detach() if key == MASTER else self._moment(parameter, key)
+        if key == MASTER:
+            value: torch.Tensor = zero.safe_get_full_fp32_param(parameter)
+        else:
+            if not self._has_moments():
+                return torch.zeros(self._shape(parameter))
+            value = zero.safe_get_full_optimizer_state(parameter, key)
+        return value.view(self._shape(parameter))
+
+    def _set_whole(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        import deepspeed.utils as zero
+
+        value = value.to(self.device)
+        if self._settings.zero_stage == 0:
+            if key != MASTER:
+                self._moment(parameter, key).copy_(value)
+        elif self._settings.zero_stage < 3:
+            if key == MASTER:
+                zero.safe_set_full_fp32_param(parameter, value)
+            else:
+                zero.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            size = int(parameter.ds_tensor.numel())  # type: ignore[attr-defined]  # the last rank's part is padded
+            flat = torch.zeros(size * self._engine.world_size, device=value.device)
+            flat[: value.numel()] = value.flatten()
+            part = flat[size * self._engine.global_rank :][:size]
+            if key == MASTER:
+                zero.safe_set_local_fp32_param(parameter, part)
+            else:
+                zero.safe_set_local_optimizer_state(parameter, part, key)
+
+    def _set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """What the forward pass reads, which is in the precision of the run."""
+        with self._gathered(parameter, modifier_rank=0):
+            parameter.copy_(value)
+
+    def _gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=modifier_rank, enabled=self._settings.zero_stage == 3
+        )
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        return shape
+
+    # --- AdamW's state, which comes into being at its first step ------------------------------------------------------
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        inner: torch.optim.AdamW = getattr(self._optimizer, "optimizer", self._optimizer)
+        return inner
+
+    def _flat_parameters(self) -> Iterator[torch.Tensor]:
+        """What AdamW holds state for: parameters, or under ZeRO this rank's flat parts of them."""
+        if self._settings.zero_stage == 3:
+            yield from self._optimizer.fp32_partitioned_groups_flat
+        elif self._settings.zero_stage:
+            yield from self._optimizer.single_partition_of_fp32_groups
+        else:
+            for group in self._adamw.param_groups:
+                yield from group["params"]
+
+    def _has_moments(self) -> bool:
+        return bool(self._adamw.state)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        moment: torch.Tensor = self._adamw.state[parameter][key] if self._has_moments() else torch.zeros_like(parameter)
+        return moment
+
+    def _optimizer_step(self) -> float:
+        return max((float(state["step"]) for state in self._adamw.state.values()), default=0.0)
+
+    def _begin_moments(self, step: float) -> None:
+        for flat in self._flat_parameters():
+            state = self._adamw.state[flat]
+            state["step"] = torch.tensor(step, device=flat.device if self._settings.use_gpu else "cpu")
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Tells ZeRO 1 and 2 which part of AdamW's state is of which parameter.
+
+        DeepSpeed does so by itself, but after the first parameter group has moved, when the others have no state yet.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self._settings.zero_stage in (1, 2) and self._has_moments():
+            zero = self._optimizer
+            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, self._adamw.state)
+
+    def _loss_scale(self) -> dict[str, float]:
+        """The state of fp16's dynamic loss scale; empty in other precisions."""
+        if self._settings.precision != "fp16":
+            return {}
+        scaler = self._optimizer.loss_scaler
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+
+def _to_cpu(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _merge(derived: dict[str, Any], extra: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 
 WATCH_SECONDS = 1.0
+NOTICE_SECONDS = 25.0  # spot machines and pods end 30 s after their notice
 
 Written = list[tuple[str, str]]
 """What a job wrote: (label, place)."""
@@ -147,25 +149,30 @@ def _fit(run: Run) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from beats_ray.train.faults import STOP_REQUEST
+
     settings = run.train
     datasets: dict[str, Any] = {}
     data_config = None
     if run.cache is None:
-        from beats_ray.data.stream import execution_options
+        from beats_ray.train.streaming import TrainStream
 
-        datasets["train"] = lambda: _stream_from_last_checkpoint(run)
-        data_config = ray.train.DataConfig(execution_options=execution_options(run.data, settings.num_workers))
+        datasets, data_config = {"train": lambda: None}, TrainStream(run)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     scratch = run.output / "ray-train"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+            num_workers=settings.num_workers,  # type: ignore[arg-type]  # a pair makes it elastic
+            use_gpu=settings.use_gpu,
+            resources_per_worker=resources,
         ),
         datasets=datasets,
         dataset_config=data_config,
-        torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if settings.use_gpu else "gloo", timeout_s=round(settings.collective_timeout_seconds)
+        ),
         run_config=ray.train.RunConfig(
             name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
             storage_path=scratch.path,
@@ -175,13 +182,14 @@ def _fit(run: Run) -> None:
     )
     failure = run.output / "failure.json"
     failure.delete()
-    _in_thread(trainer.fit)
+    (run.output / STOP_REQUEST).delete()
+    _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
     if failure.exists():
         raise UserError(failure.read_json()["error"])
 
 
-def _in_thread(work: Callable[[], object]) -> None:
-    """Runs `work` beside the main thread, which waits and can be interrupted.
+def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) -> None:
+    """Runs `work` beside the main thread, which waits and can be interrupted; SIGTERM calls `when_terminated` first.
 
     In the main thread Ray Train takes Ctrl-C over, for good: it ends the process with a status of its own, leaves out
     what the command has to stop, and goes on doing so after the run.
@@ -196,31 +204,26 @@ def _in_thread(work: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except SystemExit:  # what the command line makes of SIGTERM
+        when_terminated()
+        raise
     if failures:
         raise failures[0]
 
 
-def _stream_from_last_checkpoint(run: Run) -> Any:
-    """Called at every (re)start of the workers: the data go on where the newest checkpoint stands."""
-    from beats_ray.data.stream import build_stream
-    from beats_ray.train.checkpoint import committed_steps
+def _checkpoint_before_the_end(output: Place) -> None:
+    """Asks the run for a checkpoint and waits for it, within the notice that spot machines and `ray job stop` give."""
+    from beats_ray.train.checkpoint import sound_steps
+    from beats_ray.train.faults import STOP_REQUEST
 
-    steps = committed_steps(run.output / "checkpoints")
-    labels = getattr(run.config, "labels", "")
-    return build_stream(
-        open_place(run.data.path),
-        run.manifest,
-        run.data,
-        seed=run.train.seed,
-        global_batch_size=run.train.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
-        start_step=steps[-1] if steps else 0,
-        stop_step=run.train.steps,
-        num_workers=run.train.num_workers,
-        labels=open_place(labels) if labels else None,
-    )
+    before = sound_steps(output / "checkpoints")
+    (output / STOP_REQUEST).write_json({})
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while time.monotonic() < deadline and sound_steps(output / "checkpoints") == before:
+        time.sleep(0.5)
 
 
 def train_worker(payload: dict[str, Any]) -> None:

@@ -8,11 +8,10 @@ Everything random is drawn from generators that are seeded by (seed, step, place
 restored at a checkpoint goes on exactly as if it had not stopped.
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,20 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from beats_ray.config import TrainSettings, UserError
+from beats_ray.config import TrainSettings
 from beats_ray.data.batches import MicroBatch
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, with_retries
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
+from beats_ray.train.faults import Notices, SkippedSteps
 from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
 from beats_ray.train.optimizer import learning_rate
 
 HeldOut = Literal["validation", "test"]
-
-
-class TrainingDiverged(UserError):
-    """The loss is no longer a number; the settings must change."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Prepared:
     inputs: tuple[Any, ...]
     num_targets: torch.Tensor
     """How many terms the loss sums over, scalar."""
+    clip_ids: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -78,7 +75,7 @@ class BatchSource(Protocol):
         ...
 
 
-def run_training(
+def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one place
     task: Task,
     source: BatchSource,
     settings: TrainSettings,
@@ -91,51 +88,73 @@ def run_training(
     Returns the last reported metrics. Every worker calls it with the same arguments but its own `context` and `source`.
     """
     torch.manual_seed(settings.seed)
-    checkpoints = ResumeCheckpoints(output / "checkpoints", context, settings.keep_checkpoints)
+    checkpoints = ResumeCheckpoints(
+        output / "checkpoints", context, settings.keep_checkpoints, settings.storage_retry_seconds
+    )
     engine = Engine(task.module, settings, task.depths())
     first_step = checkpoints.restore(engine)
     batches = source.training(first_step)
     log = MetricsLog(output, first_step) if context.rank == 0 else None
+    notices = Notices(output, context)
+    skipped = SkippedSteps(output, settings.max_bad_steps, context)
     meter = _Meter(settings, context, first_step)
     metrics: dict[str, float] = {}
+    accumulation_steps = settings.accumulation_steps(context.world_size)
 
     for step in range(first_step, settings.steps):
         _seed_dropout(settings.seed, step, context.rank)
-        prepared = [_fetch(task, batches, settings, context, meter) for _ in range(settings.accumulation_steps)]
-        num_targets = context.all_reduce(torch.stack([part.num_targets for part in prepared]).sum().double())
-        for index, part in enumerate(prepared):
-            loss_sum, sums = engine(*part.inputs)
-            engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
-            engine.step(step, last_micro_batch=index == len(prepared) - 1)
-            meter.add({"train/loss": (loss_sum, part.num_targets), **sums})
+        prepared = [_fetch(task, batches, settings, context, meter) for _ in range(accumulation_steps)]
+        results = _train_step(engine, prepared, step, context)
+        if results is not None:
+            skipped.count = 0
+            for sums in results:
+                meter.add(sums)
+        elif settings.precision != "fp16":  # whose loss scale is lowered by such steps
+            skipped.record(step, [part.clip_ids for part in prepared])
 
         done = step + 1
         last = done == settings.steps
         validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
         if done % settings.log_every_steps == 0 or last or validates:
-            metrics = meter.report(done, engine)
-            if not math.isfinite(metrics["train/loss"]):
-                raise TrainingDiverged(
-                    f"train/loss is {metrics['train/loss']} at step {done}; lower train.learning_rate"
-                )
+            metrics = meter.report(done, engine) | {
+                "train/skipped_steps": skipped.total,
+                "perf/checkpoint_seconds": checkpoints.blocked_seconds,
+            }
             if validates:
                 metrics |= evaluate(task, engine, source, context, "validation")
             if last:
                 metrics |= evaluate(task, engine, source, context, "test")
-        if log and metrics.get("step") == done:
+        reports = metrics.get("step") == done
+        if log and reports:
             log.write(metrics)
-        if done % settings.checkpoint_every_steps == 0 and not last:
+        noticed = reports and notices.new()
+        if (done % settings.checkpoint_every_steps == 0 or noticed) and not last:
             if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
-                log.flush()
-            checkpoints.save(engine, done)
-        if metrics.get("step") == done and not last:
+                with_retries(log.flush, settings.storage_retry_seconds)
+            checkpoints.save(engine, done, metrics.get("validation/accuracy") if validates else None)
+            if noticed:  # there may be no next step
+                checkpoints.wait()
+        if reports and not last:
             context.report(done, metrics)
 
+    checkpoints.wait()
     publish(task, engine, context, output)
     if log:
-        log.close()
+        with_retries(log.close, settings.storage_retry_seconds)
     context.report(settings.steps, metrics)
     return metrics
+
+
+def _train_step(engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext) -> list[MetricSums] | None:
+    """One optimizer step; the sums of its micro-batches, or None where it was skipped for what is no finite number."""
+    num_targets = context.all_reduce(torch.stack([part.num_targets for part in prepared]).sum().double())
+    results: list[MetricSums] = []
+    for index, part in enumerate(prepared):
+        loss_sum, sums = engine(*part.inputs)
+        engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
+        moved = engine.step(step, last_micro_batch=index == len(prepared) - 1)
+        results.append({"train/loss": (loss_sum, part.num_targets), **sums})
+    return results if moved else None
 
 
 def evaluate(
@@ -175,7 +194,7 @@ def _fetch(
     batch = next(batches)
     meter.fetched(batch)
     generator = torch.Generator(context.device).manual_seed(seed_of(settings.seed, batch.first_position))
-    return task.prepare(batch, generator, training=True)
+    return replace(task.prepare(batch, generator, training=True), clip_ids=batch.clip_ids)
 
 
 def seed_of(*parts: int) -> int:

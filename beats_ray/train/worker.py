@@ -9,6 +9,7 @@ from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
+from beats_ray.train.faults import explained
 from beats_ray.train.jobs import Run, training_folds
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 
@@ -20,7 +21,8 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     task = build_task(run)
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
-    return run_training(task, source, run.train, context, run.output, validate_every)
+    with explained(run.train, context):
+        return run_training(task, source, run.train, context, run.output, validate_every)
 
 
 def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:

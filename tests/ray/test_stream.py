@@ -260,7 +260,7 @@ def test_a_label_file_of_other_clips_is_named(dataset: Place, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("num_samples", [9] * 5, r"clip 'clip-\d': the shard says num_samples=9, its audio has \d+"),
+        ("num_samples", [9] * 5, r"clip 'clip-\d': the shard says num_samples=9, its audio has more"),
         ("audio", [b"no flac"] * 5, r"clip 'clip-\d': its audio in the shard does not decode"),
         ("labels", [[7]] * 5, r"clip 'clip-\d': label id 7 is outside the vocabulary of 3 labels"),
         ("labels", None, r"00000\.parquet: column 'labels' is missing"),

@@ -1,5 +1,7 @@
 """A real engine in one process, and batches of synthetic sound."""
 
+import math
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from beats_ray.config import PretrainSettings, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.storage import open_place
 from beats_ray.models import RandomProjectionTokenizer
+from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.context import single_process_context
-from beats_ray.train.loop import run_training
+from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.pretrain import PretrainTask
 
 CLIPS, SAMPLES = 24, 16_000
@@ -72,21 +75,44 @@ class Pretraining:
         encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
         return validate(PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train})
 
-    def run(self, output: Path, report=None, **train: object) -> list[float]:
-        """Trains and returns the loss of every step that ran."""
+    def run(self, output: Path, report=None, poisoned_step: int | None = None, **train: object) -> list[float]:
+        """Trains and returns the loss of every step that ran; NaN for a step that was left out.
+
+        poisoned_step: the 0-based step in whose batch the targets give a loss that is no number.
+        """
         settings = self.settings(**train)
         losses: list[float] = []
 
         def record(step: int, metrics: dict[str, float]) -> None:
-            losses.append(metrics["train/loss"])
+            losses.append(metrics.get("train/loss", math.nan))
             if report is not None:
                 report(step, metrics)
 
         torch.manual_seed(settings.train.seed)
         task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
+        if poisoned_step is not None:
+            _poison(task, poisoned_step * settings.train.global_batch_size)
         source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size)
-        run_training(task, source, settings.train, single_process_context(record), open_place(str(output)))
+        try:
+            run_training(task, source, settings.train, single_process_context(record), open_place(str(output)))
+        finally:
+            for thread in threading.enumerate():  # where a test interrupts a run, its last checkpoint is whole
+                if thread.name == THREAD_NAME:
+                    thread.join()
         return losses
+
+
+def _poison(task: PretrainTask, position: int) -> None:
+    """Makes the filterbank of the micro-batch that begins at a position no number."""
+    prepare = task.prepare
+
+    def poisoned(batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        prepared = prepare(batch, generator, training)
+        if batch.first_position == position:
+            prepared.inputs[0].fill_(math.nan)
+        return prepared
+
+    task.prepare = poisoned  # type: ignore[method-assign]
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """The loop: exact resumption, exact weighting, and what it leaves behind."""
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ from beats_ray.config import TrainSettings
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.models import load_model
-from beats_ray.train.checkpoint import committed_steps
+from beats_ray.train.checkpoint import sound_steps
 from beats_ray.train.context import single_process_context
-from beats_ray.train.loop import Prepared, TrainingDiverged, run_training
+from beats_ray.train.faults import TrainingDiverged
+from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.metrics import read_metrics
 
 pytestmark = pytest.mark.unit
@@ -87,14 +91,17 @@ def test_accumulated_micro_batches_train_exactly_as_one_batch_of_unequal_clips(
     assert losses[8][-1] < losses[8][0]
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, pretraining) -> None:
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, pretraining, damage: Callable[[bytes], bytes]
+) -> None:
     whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=3)
     with pytest.raises(Interrupted):
         pretraining.run(tmp_path / "broken", interrupt_at(8), checkpoint_every_steps=3)
     checkpoints = open_place(str(tmp_path / "broken" / "checkpoints"))
-    assert committed_steps(checkpoints) == [3, 6]
-    newest = max((tmp_path / "broken" / "checkpoints" / "step-00000006").rglob("*.pt"), key=lambda p: p.stat().st_size)
-    newest.write_bytes(newest.read_bytes()[:-100])
+    assert sound_steps(checkpoints) == [3, 6]
+    (newest,) = (tmp_path / "broken" / "checkpoints" / "step-00000006").glob("*.safetensors")
+    newest.write_bytes(damage(newest.read_bytes()))
     assert pretraining.run(tmp_path / "broken", checkpoint_every_steps=3) == whole[3:]
 
 
@@ -108,7 +115,7 @@ def test_a_checkpoint_without_commit_is_never_used(tmp_path: Path, pretraining) 
 
 def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path: Path, pretraining) -> None:
     pretraining.run(tmp_path, checkpoint_every_steps=2, keep_checkpoints=2)
-    assert committed_steps(open_place(str(tmp_path / "checkpoints"))) == [6, 8]
+    assert sound_steps(open_place(str(tmp_path / "checkpoints"))) == [6, 8]
 
 
 def test_published_encoder_has_learned_and_loads(tmp_path: Path, pretraining) -> None:
@@ -125,5 +132,29 @@ def test_another_seed_gives_another_run_and_the_same_seed_the_same(tmp_path: Pat
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path: Path, pretraining) -> None:
-    with pytest.raises(TrainingDiverged, match="learning_rate"):
-        pretraining.run(tmp_path, learning_rate=1e30, max_grad_norm=1e30)
+    with pytest.raises(TrainingDiverged, match=r"max_bad_steps=3.*3 steps in a row.*clip-\d+.*learning_rate"):
+        pretraining.run(tmp_path, learning_rate=1e30, max_grad_norm=1e30, max_bad_steps=3)
+    skipped = json.loads((tmp_path / "skipped-steps.json").read_text())
+    assert len(skipped) == 3
+    assert len(skipped[0]["clips"]) == 4
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_poisoned_batch_is_left_out_counted_and_named(tmp_path: Path, pretraining, zero_stage: int) -> None:
+    clean = pretraining.run(tmp_path / "clean", zero_stage=zero_stage, steps=6)
+    seen: list[float] = []
+    losses = pretraining.run(
+        tmp_path / "poisoned",
+        lambda _step, metrics: seen.append(metrics["train/skipped_steps"]),
+        zero_stage=zero_stage,
+        steps=6,
+        poisoned_step=2,
+    )
+    assert losses[:2] == clean[:2]
+    assert math.isnan(losses[2])  # nothing was reported of it
+    assert all(math.isfinite(loss) for loss in losses[3:])
+    assert losses[-1] < losses[0]
+    assert seen == [0, 0, 1, 1, 1, 1]
+    assert json.loads((tmp_path / "poisoned" / "skipped-steps.json").read_text()) == [
+        {"step": 3, "clips": ["clip-10", "clip-11", "clip-8", "clip-9"]}
+    ]

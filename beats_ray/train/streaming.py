@@ -1,0 +1,42 @@
+"""How the stream of clips reaches the workers of Ray Train, however many there are at the moment."""
+
+from typing import Any
+
+import ray.train
+
+from beats_ray.data.storage import open_place
+from beats_ray.data.stream import build_stream, execution_options
+from beats_ray.train.checkpoint import sound_steps
+from beats_ray.train.jobs import Run
+
+
+class TrainStream(ray.train.DataConfig):
+    """Builds the stream at every (re)start of the workers: for as many as there are, from the newest checkpoint on."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+    ) -> list[dict[str, Any]]:
+        """One iterator for each worker, by rank; `datasets` only names them."""
+        del worker_handles, worker_node_ids
+        run = self._run
+        steps = sound_steps(run.output / "checkpoints")
+        labels = getattr(run.config, "labels", "")
+        stream = build_stream(
+            open_place(run.data.path),
+            run.manifest,
+            run.data,
+            seed=run.train.seed,
+            global_batch_size=run.train.global_batch_size,
+            micro_batch_size=run.train.micro_batch_size,
+            start_step=steps[-1] if steps else 0,
+            stop_step=run.train.steps,
+            num_workers=world_size,
+            labels=open_place(labels) if labels else None,
+        )
+        stream.context.execution_options = execution_options(run.data, world_size)
+        (name,) = datasets
+        return [{name: share} for share in stream.streaming_split(world_size, equal=True)]
