@@ -42,6 +42,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+LoggerName = Literal["tensorboard", "prometheus", "mlflow", "wandb"]
 
 
 # --- shared sections ------------------------------------------------------------------------------------------------
@@ -236,6 +237,8 @@ class TrainSettings(Section):
     """Resume checkpoints that stay on storage."""
     max_failures: NonNegativeInt = 3
     """Worker failures after which the run gives up."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard", "prometheus")
+    """Where reports go beside `metrics.jsonl`; mlflow and wandb are extras of the package. No part of what a run is."""
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:
