@@ -109,12 +109,10 @@ class TensorBoardLogger:
 
         self._place = place
         self._folder = tempfile.TemporaryDirectory(prefix="beats-ray-tensorboard-")
+        # Reports that an attempt wrote beyond the checkpoint that this one starts from are hidden.
+        purge_step = resumed_step + 1 if resumed_step else None
         self._writer: Any = SummaryWriter(
-            self._folder.name,
-            filename_suffix=f".step{resumed_step}",
-            purge_step=resumed_step + 1
-            if resumed_step
-            else None,  # where an attempt had gone on from a lost checkpoint
+            self._folder.name, filename_suffix=f".step{resumed_step}", purge_step=purge_step
         )
 
     def write(self, record: dict[str, Any]) -> None:
