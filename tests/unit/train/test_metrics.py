@@ -1,14 +1,20 @@
-"""Means over workers, in real processes."""
+"""Means over workers, in real processes; and every metric is explained."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from beats_ray.data.storage import open_place
+from beats_ray.train.metrics import read_metrics
+
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
 
 REDUCE = """
 import json, sys
@@ -60,3 +66,17 @@ def test_a_worker_without_any_batch_takes_part_in_the_means_of_all(tmp_path: Pat
     assert only_first["labels/used_code_fraction"] == 0.5
     assert none == {}
     assert both["train/loss"] == pytest.approx(21 / 6), "weighted by counts, not a mean of means"
+
+
+def test_every_metric_that_training_reports_stands_in_the_docs(tmp_path: Path, pretraining) -> None:
+    explained = set(re.findall(r"`([a-z0-9_/]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    pretraining.run(tmp_path, steps=1, warmup_steps=0)
+    (reported,) = read_metrics(open_place(str(tmp_path)))
+    named = {
+        name
+        for file in (ROOT / "beats_ray" / "train").glob("*.py")
+        for name in re.findall(r'"((?:data|labels|perf|tokenizer|train|validation)/[a-z0-9_]+)"', file.read_text())
+        if not name.endswith("/code_counts")
+    }
+    assert {"train/teacher_cosine", "train/accuracy"} <= named
+    assert {*reported, *named} <= explained
