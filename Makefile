@@ -54,7 +54,7 @@ format: $(STAMP)
 
 # New pins: the newest versions that pyproject.toml allows.
 lock: $(STAMP)
-	$(BIN)/uv pip compile --quiet --upgrade --all-extras --python-version 3.11 --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --upgrade --extra dev --python-version 3.11 --no-emit-index-url \
 	  --custom-compile-command "make lock" pyproject.toml -o constraints.txt
 
 # uv installs five times as fast as pip. Like pip it follows a configured mirror, unlike pip no additional index or

@@ -42,6 +42,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+LoggerName = Literal["tensorboard", "prometheus", "mlflow", "wandb"]
 
 
 # --- shared sections ------------------------------------------------------------------------------------------------
@@ -243,6 +244,8 @@ class TrainSettings(Section):
     """Steps in a row with a loss or gradient that is no finite number; each is skipped, then the run ends."""
     collective_timeout_seconds: PositiveFloat = 900.0
     """A collective operation that takes longer has lost a worker: the run restarts from its last checkpoint."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard", "prometheus")
+    """Where reports go beside `metrics.jsonl`; mlflow and wandb are extras of the package. No part of what a run is."""
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:

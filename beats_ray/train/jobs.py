@@ -27,9 +27,17 @@ from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
+from beats_ray.train.loggers import check_loggers
 
 WATCH_SECONDS = 1.0
 NOTICE_SECONDS = 25.0  # spot machines and pods end 30 s after their notice
+
+EXECUTION_FIELDS = {
+    "num_workers", "cpus_per_worker", "use_gpu", "micro_batch_size", "zero_stage", "activation_checkpointing",
+    "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "storage_retry_seconds", "max_failures",
+    "max_bad_steps", "collective_timeout_seconds", "loggers",
+}  # fmt: skip
+"""Settings of `train` that a run may go on with other values of: its steps do the same to the same global batches."""
 
 Written = list[tuple[str, str]]
 """What a job wrote: (label, place)."""
@@ -125,6 +133,7 @@ def _manifest(data: StreamSettings) -> DatasetManifest:
 
 def _train(run: Run, console: Console) -> Written:
     """Runs to the end, or returns at once when it has been run already with the same config."""
+    check_loggers(run.train.loggers)
     if not is_complete(run.output):
         check_fits(run.train, run.data)
 
@@ -137,8 +146,16 @@ def _train(run: Run, console: Console) -> Written:
 
 
 def run_identity(config: Job) -> dict[str, Any]:
-    """What makes a run the same run: its config without where it runs and on how much of a cluster."""
-    return config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
+    """What makes a run the same run: its config without where it runs, on how much of a cluster and who is told."""
+    values = config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
+    return _without_execution(values)
+
+
+def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
+    if isinstance(kept.get("train"), dict):
+        kept["train"] = {name: value for name, value in kept["train"].items() if name not in EXECUTION_FIELDS}
+    return kept
 
 
 def _written(run: Run) -> Written:

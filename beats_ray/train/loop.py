@@ -10,7 +10,7 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,6 +26,7 @@ from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 from beats_ray.train.faults import Notices, SkippedSteps
+from beats_ray.train.loggers import Logger
 from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
 from beats_ray.train.optimizer import learning_rate
 
@@ -81,11 +82,14 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     settings: TrainSettings,
     context: WorkerContext,
     output: Place,
+    *,
     validate_every_steps: int | None = None,
+    build_loggers: Callable[[int], Sequence[Logger]] | None = None,
 ) -> dict[str, float]:
     """Trains `task` to `settings.steps` and publishes the model to `output/model`; resumes by itself.
 
     Returns the last reported metrics. Every worker calls it with the same arguments but its own `context` and `source`.
+    build_loggers: gives the loggers of a run that goes on from a step; TensorBoard's where there is none.
     """
     torch.manual_seed(settings.seed)
     checkpoints = ResumeCheckpoints(
@@ -94,7 +98,9 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     engine = Engine(task.module, settings, task.depths())
     first_step = checkpoints.restore(engine)
     batches = source.training(first_step)
-    log = MetricsLog(output, first_step) if context.rank == 0 else None
+    log = None
+    if context.rank == 0:
+        log = MetricsLog(output, first_step, build_loggers(first_step) if build_loggers else None)
     notices = Notices(output, context)
     skipped = SkippedSteps(output, settings.max_bad_steps, context)
     meter = _Meter(settings, context, first_step)

@@ -4,9 +4,8 @@ A metric is a pair (sum, count). Sums are kept on the device and reduced over th
 """
 
 import json
-import tempfile
 import threading
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from beats_ray.data.storage import Place
 from beats_ray.models import codebook_usage
 from beats_ray.train.context import WorkerContext
+from beats_ray.train.loggers import Logger, TensorBoardLogger
 
 MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor]
 """Name -> (sum, count), both scalars on the training device; or, for `.../code_counts`, how often each code came up."""
@@ -65,27 +65,27 @@ def code_counts(labels_BN: Tensor, num_codes: int) -> Tensor:
 
 
 class MetricsLog:
-    """Rank 0's record of a run: `metrics.jsonl`, TensorBoard files and a small `progress.json` for whoever watches.
+    """Rank 0's record of a run: `metrics.jsonl`, a small `progress.json` for whoever watches, and the loggers.
 
-    `progress.json` is replaced at every report, in the background; the others are written by `flush` (at checkpoints
-    and at the end), since object storage cannot append.
+    `progress.json` is replaced at every report, in the background; `metrics.jsonl` is written by `flush` (at
+    checkpoints and at the end), since object storage cannot append. `seconds` goes on over resumptions.
     """
 
-    def __init__(self, output: Place, resumed_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, output: Place, resumed_step: int, loggers: Sequence[Logger] | None = None) -> None:
+        """`loggers`: TensorBoard alone unless given."""
         self._output = output
         self._records = [record for record in read_metrics(output) if record["step"] <= resumed_step]
-        self._folder = tempfile.TemporaryDirectory(prefix="beats-ray-tensorboard-")
-        self._writer = SummaryWriter(self._folder.name, filename_suffix=f".step{resumed_step}")
+        self._seconds_before = self._records[-1].get("seconds", 0.0) if self._records else 0.0
+        self._loggers = [TensorBoardLogger(output / "tensorboard", resumed_step)] if loggers is None else list(loggers)
         self._publisher: threading.Thread | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one report; `record["step"]` is its place on the x axis."""
+        if "seconds" in record:
+            record = record | {"seconds": self._seconds_before + record["seconds"]}
         self._records.append(record)
-        for name, value in record.items():
-            if "/" in name:
-                self._writer.add_scalar(name, value, record["step"])
+        for logger in self._loggers:
+            logger.write(record)
         if self._publisher is None or not self._publisher.is_alive():  # the newest wins; none is waited for
             self._publisher = threading.Thread(
                 target=(self._output / "progress.json").write_json, args=(dict(record),), daemon=True
@@ -94,17 +94,20 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes everything so far to storage."""
-        if self._publisher is not None:
-            self._publisher.join()
-        self._writer.flush()
-        lines = "".join(json.dumps(record) + "\n" for record in self._records)
-        (self._output / "metrics.jsonl").write_bytes(lines.encode())
-        (self._output / "tensorboard").upload(Path(self._folder.name))
+        self._write_records()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
-        self.flush()
-        self._writer.close()
-        self._folder.cleanup()
+        self._write_records()
+        for logger in self._loggers:
+            logger.close()
+
+    def _write_records(self) -> None:
+        if self._publisher is not None:
+            self._publisher.join()
+        lines = "".join(json.dumps(record) + "\n" for record in self._records)
+        (self._output / "metrics.jsonl").write_bytes(lines.encode())
 
 
 def read_metrics(output: Place) -> list[dict[str, Any]]:

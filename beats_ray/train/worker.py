@@ -1,16 +1,19 @@
 """What runs inside a training process: the run's task, its batches, and the loop."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
+from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
-from beats_ray.train.jobs import Run, training_folds
+from beats_ray.train.jobs import Run, run_identity, training_folds
+from beats_ray.train.loggers import Logger, build_loggers, flat_settings
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 
 
@@ -22,7 +25,7 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
     with explained(run.train, context):
-        return run_training(task, source, run.train, context, run.output, validate_every)
+        return run_training(task, source, run.train, context, run.output, validate_every, partial(_build_loggers, run))
 
 
 def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
@@ -33,6 +36,12 @@ def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
             report({**metrics, "validations": -(-step // run.config.validate_every_steps)})
 
     train(run, single_process_context(report_validations, run.train.use_gpu))
+
+
+def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
+    identity = fingerprint(run_identity(run.config) | {"output": run.output.uri})
+    name = "/".join(run.output.uri.rstrip("/").rsplit("/", 2)[-2:])
+    return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
 
 
 def build_task(run: Run) -> Task:

@@ -1,0 +1,82 @@
+"""Means over workers, in real processes; and every metric is explained."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beats_ray.data.storage import open_place
+from beats_ray.train.metrics import read_metrics
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+
+REDUCE = """
+import json, sys
+import torch
+import torch.distributed as dist
+from beats_ray.train.context import WorkerContext
+from beats_ray.train.metrics import MetricMeans
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+context = WorkerContext(rank, 2, torch.device("cpu"), lambda step, metrics: None)
+means = MetricMeans()
+found = []
+for batches in ((0, 2), (1, 0), (0, 0), (1, 1)):  # of each rank, in each of four reports
+    for _ in range(batches[rank]):
+        total, count = torch.tensor(10.0 + rank), torch.tensor(2 + 2 * rank)
+        means.add({"train/loss": (total, count), "labels/code_counts": torch.tensor([1, 1 - rank, 0, 0])})
+    found.append(means.reduce(context))
+print(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+def test_a_worker_without_any_batch_takes_part_in_the_means_of_all(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", REDUCE, str(rank), str(tmp_path / "store")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=90)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first == second, "every worker gets the same means"
+    only_second, only_first, none, both = first
+    assert only_second == {
+        "train/loss": pytest.approx(22 / 8),
+        "labels/used_code_fraction": 0.25,
+        "labels/perplexity": pytest.approx(1.0),
+    }
+    assert only_first["train/loss"] == pytest.approx(10 / 2)
+    assert only_first["labels/used_code_fraction"] == 0.5
+    assert none == {}
+    assert both["train/loss"] == pytest.approx(21 / 6), "weighted by counts, not a mean of means"
+
+
+def test_every_metric_that_training_reports_stands_in_the_docs(tmp_path: Path, pretraining) -> None:
+    explained = set(re.findall(r"`([a-z0-9_/]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    pretraining.run(tmp_path, steps=1, warmup_steps=0)
+    (reported,) = read_metrics(open_place(str(tmp_path)))
+    named = {
+        name
+        for file in (ROOT / "beats_ray" / "train").glob("*.py")
+        for name in re.findall(r'"((?:data|labels|perf|tokenizer|train|validation)/[a-z0-9_]+)"', file.read_text())
+        if not name.endswith("/code_counts")
+    }
+    assert {"train/teacher_cosine", "train/accuracy"} <= named
+    assert {*reported, *named} <= explained
