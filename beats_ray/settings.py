@@ -102,9 +102,8 @@ def validate(kind: type[SectionT], values: dict[str, Any]) -> SectionT:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        # An unknown key is often why another one is missing: name it first.
-        errors = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        raise ConfigError(*dict.fromkeys(_explain(kind, one) for one in errors)) from None
+        mistakes = _all_mistakes(kind, values, error)
+    raise ConfigError(*dict.fromkeys(_explain(kind, one) for one in mistakes))
 
 
 def replace(config: SectionT, changes: dict[str, Any]) -> SectionT:
@@ -243,6 +242,28 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values or {}, dict):
         raise ConfigError(f"config file {path}: expected `section: ...` at the top, found {type(values).__name__}")
     return values or {}
+
+
+def _all_mistakes(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> list[ErrorDetails]:
+    """Unknown keys first, which are often why another one is missing, then what is wrong without them.
+
+    The rules of a section are looked at only where each of its fields is right; an unknown key must not hide them.
+    """
+    unknown = [one for one in error.errors() if one["type"] == "extra_forbidden"]
+    if not unknown:
+        return error.errors()
+    rest = copy.deepcopy(values)
+    for one in unknown:
+        *sections, name = one["loc"]
+        section: Any = rest
+        for part in sections:
+            section = section[part]
+        del section[name]
+    try:
+        kind.model_validate(rest)
+    except ValidationError as other:
+        return unknown + _all_mistakes(kind, rest, other)
+    return unknown
 
 
 def _explain(kind: type[BaseModel], error: ErrorDetails) -> str:

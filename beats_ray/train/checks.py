@@ -76,10 +76,9 @@ def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[User
         _attempt(lambda: _check_teacher_layer(config, published), mistakes)
     if manifest is not None:
         _attempt(lambda: _check_labelled(kind, config.data, manifest), mistakes)
-        wrong_folds = fold_mistakes(config, manifest) if isinstance(config, FinetuneConfig) else []
-        mistakes += wrong_folds
-        if not wrong_folds:
-            _attempt(lambda: training_plan(config, manifest), mistakes)
+        if isinstance(config, FinetuneConfig):
+            mistakes += fold_mistakes(config, manifest)
+        _attempt(lambda: training_plan(config, manifest), mistakes)
     return mistakes
 
 

@@ -1,5 +1,6 @@
 """`--dry-run`: the plan agrees with the real modules, and every mistake is a line of its own; Ray is never touched."""
 
+import copy
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from beats_ray.models import (
     encoder_config,
     save_model,
 )
+from beats_ray.train import preflight
 from beats_ray.train.checks import find_mistakes, read_inputs, run_identity
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
@@ -180,10 +182,14 @@ def test_fine_tuning_trains_on_the_folds_that_are_left_and_reads_all(places: Pla
     assert plan.size.trained == trained(FinetuneTask(config, source, places.manifest).module)
 
 
-def test_nothing_is_allocated_for_a_large_model(places: Places) -> None:
+def test_nothing_is_allocated_for_a_large_model(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    build = preflight._build
+    monkeypatch.setattr(preflight, "_build", lambda *given: built.append(build(*given)) or built[-1])
     plan, _ = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.tokenizer}", "encoder.preset=large")
     assert plan.size.trained > 300e6
     assert plan.checkpoint_bytes > 3.6e9
+    assert all(parameter.is_meta for parameter in built[0][0].parameters())
 
 
 def test_bf16_has_no_stage_0(places: Places) -> None:
@@ -318,6 +324,14 @@ def test_a_config_error_has_a_line_for_each_mistake() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(PretrainConfig, None, ["output=o", "train.steps=many", "train.seed=x", "predictor.num_layers=-1"])
     assert len(caught.value.mistakes) == 3
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, None, ["output=o", "train.num_workers=3", "train.sleps=3"])
+    assert [line.split("=")[0] for line in caught.value.mistakes] == [
+        "train.sleps: unknown config key; did you mean train.steps?",
+        "train.global_batch_size",
+    ]
+    copied = copy.copy(caught.value)  # as pickling does
+    assert copied.mistakes == caught.value.mistakes
     assert str(caught.value) == caught.value.mistakes[0]
 
 
