@@ -38,6 +38,8 @@ class Command:
     help: str
     needs: tuple[str, ...] = ()
     """Fields that must be set to something that exists; `a|b` means one of the two."""
+    has_dry_run: bool = False
+    """Whether `--dry-run` shows the plan of the run."""
 
 
 COMMANDS = {
@@ -46,12 +48,14 @@ COMMANDS = {
         "train.jobs:run_pretrain",
         "Pre-train an encoder on masked tokenizer labels.",
         ("data.path", "tokenizer|labels"),
+        has_dry_run=True,
     ),
     "train-tokenizer": Command(
         config.DistillConfig,
         "train.jobs:run_distill",
         "Distil an encoder into the next iteration's tokenizer.",
         ("data.path", "teacher"),
+        has_dry_run=True,
     ),
     "tokenize": Command(
         config.TokenizeConfig,
@@ -64,6 +68,7 @@ COMMANDS = {
         "train.jobs:run_finetune",
         "Fine-tune an encoder into a classifier.",
         ("data.path", "encoder"),
+        has_dry_run=True,
     ),
     "sweep": Command(
         config.SweepConfig,
@@ -137,17 +142,33 @@ def _add(name: str, command: Command) -> None:
     @cli.command(name, help=command.help, epilog=_describe_fields(command.kind))
     @click.argument("arguments", metavar="[CONFIG.yaml] [section.field=value ...]", nargs=-1)
     @click.option("--show-config", is_flag=True, help="Print the complete settings as YAML and stop.")
-    def run_command(arguments: tuple[str, ...], show_config: bool) -> None:
+    def run_command(arguments: tuple[str, ...], show_config: bool, dry_run: bool = False) -> int:
         paths, overrides = split_arguments(arguments)
         if len(paths) > 1:
             raise UserError(f"{name} takes one config file, got {' '.join(paths)}; settings are section.field=value")
-        settings = load_config(command.kind, paths[0] if paths else None, overrides)
+        path = paths[0] if paths else None
+        if dry_run:
+            return _dry_run(command.kind, path, overrides)
+        settings = load_config(command.kind, path, overrides)
         if show_config:
             click.echo(to_yaml(settings), nl=False)
-            return
+            return 0
         for need in command.needs:
             _check_place(settings, need)
         _run_on_cluster(settings.ray, lambda console: _load(command.entry)(settings, console))
+        return 0
+
+    if command.has_dry_run:
+        text = "Check everything that needs no cluster, print what the run will compute, hold and write, and stop."
+        click.option("--dry-run", is_flag=True, help=text)(run_command)
+
+
+def _dry_run(kind: type[Job], path: str | None, overrides: list[str]) -> int:
+    """Status 2 and a line for every mistake, or status 0 and the plan of the run."""
+    mistakes: list[str] = _load("train.preflight:dry_run")(kind, path, overrides, Console())
+    for mistake in mistakes:
+        _complain(mistake)
+    return 2 if mistakes else 0
 
 
 @cli.command(epilog="Settings of the run, as in `iterate`: pretrain.train.steps=200, sweep.num_trials=4, ...")

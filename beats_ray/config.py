@@ -23,6 +23,7 @@ from beats_ray.settings import (
     field_names,
     fingerprint,
     load_config,
+    read_values,
     replace,
     validate,
 )
@@ -34,6 +35,7 @@ __all__ = [  # the mechanism, imported from here by the rest of the package; the
     "field_names",
     "fingerprint",
     "load_config",
+    "read_values",
     "replace",
     "validate",
 ]

@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that breaks a rule; the message names field, value, rule and remedy."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__(mistakes[0] if mistakes else "")
+        self.mistakes = mistakes
+        """One line for every mistake that was found, the message first."""

@@ -30,7 +30,8 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.stage import first_difference, is_complete, run_stage
-from beats_ray.train.jobs import Written, check_folds, run_identity
+from beats_ray.train.checks import check_folds, run_identity
+from beats_ray.train.jobs import Written
 
 
 def run_iterate(config: IterateConfig, console: Console) -> Written:

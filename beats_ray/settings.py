@@ -58,19 +58,41 @@ def load_config(
     Raises ConfigError, one line, for an unreadable file, an unknown key (the nearest valid one is named), a wrong type
     or a broken rule.
     """
+    values, mistakes = read_values(kind, path, overrides, **fields)
+    try:
+        config = validate(kind, values)
+    except ConfigError as error:
+        raise ConfigError(*mistakes, *error.mistakes) from None
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return config
+
+
+def read_values(
+    kind: type[BaseModel], /, path: str | None = None, overrides: list[str] | None = None, **fields: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """What `load_config` checks, as it was given, and a line for each override that could not be read.
+
+    Raises ConfigError for an unreadable file.
+    """
     values = _read_yaml(path) if path else {}
     values |= {name: copy.deepcopy(value) for name, value in fields.items() if value is not None}
+    mistakes: list[str] = []
     for override in overrides or []:
-        _apply_override(kind, values, override)
-    return validate(kind, values)
+        try:
+            _apply_override(kind, values, override)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    return values, mistakes
 
 
 def validate(kind: type[SectionT], values: dict[str, Any]) -> SectionT:
-    """`values` as a checked config; ConfigError names the first mistake."""
+    """`values` as a checked config; ConfigError has a line for each mistake."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, error)) from None
+        mistakes = _all_mistakes(kind, values, error)
+    raise ConfigError(*dict.fromkeys(_explain(kind, one) for one in mistakes))
 
 
 def replace(config: SectionT, changes: dict[str, Any]) -> SectionT:
@@ -211,23 +233,42 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values or {}
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    errors = error.errors()
-    # An unknown key is often why another one is missing: name it first.
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+def _all_mistakes(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> list[ErrorDetails]:
+    """Unknown keys first, which are often why another one is missing, then what is wrong without them.
+
+    The rules of a section are looked at only where each of its fields is right; an unknown key must not hide them.
+    """
+    unknown = [one for one in error.errors() if one["type"] == "extra_forbidden"]
+    if not unknown:
+        return error.errors()
+    rest = copy.deepcopy(values)
+    for one in unknown:
+        *sections, name = one["loc"]
+        section: Any = rest
+        for part in sections:
+            section = section[part]
+        del section[name]
+    try:
+        kind.model_validate(rest)
+    except ValidationError as other:
+        return unknown + _all_mistakes(kind, rest, other)
+    return unknown
+
+
+def _explain(kind: type[BaseModel], error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
         return _explain_unknown(kind, name)
-    if first["type"] == "missing":
+    if error["type"] == "missing":
         return f"{name}: missing; set it in the config file or as {name}=VALUE"
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
         return f"{name}.{reason}" if name else reason
-    if first["type"] in ("model_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type"):
         reason = f"is a section; set its fields, as in {name}.FIELD=VALUE"
-    if first["type"] == "tuple_type":
-        reason = f"is a list; write {name}=[{first['input']}]"
-    return f"{name}={_shown(first)}: {reason[0].lower()}{reason[1:]}"
+    if error["type"] == "tuple_type":
+        reason = f"is a list; write {name}=[{error['input']}]"
+    return f"{name}={_shown(error)}: {reason[0].lower()}{reason[1:]}"
 
 
 def _shown(error: ErrorDetails) -> str:

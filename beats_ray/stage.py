@@ -23,12 +23,7 @@ def run_stage(output: Place, settings: dict[str, Any], work: Callable[[], None])
     Raises UserError when the folder holds a stage of other settings, naming the first that differs.
     """
     mark = fingerprint(settings)
-    found = _read(output)
-    if found and found.get("fingerprint") != mark:
-        raise UserError(
-            f"{output.uri} belongs to a run of another config: {first_difference(found.get('config', {}), settings)}; "
-            "choose another output or remove it"
-        )
+    found = check_output(output, settings)
     if found.get("status") == "complete":
         return False
     record = {"status": "running", "fingerprint": mark, "config": settings, "seconds": found.get("seconds", 0.0)}
@@ -43,6 +38,17 @@ def run_stage(output: Place, settings: dict[str, Any], work: Callable[[], None])
     seconds = record["seconds"] + time.monotonic() - started
     (output / "stage.json").write_json(record | {"status": "complete", "seconds": seconds})
     return True
+
+
+def check_output(output: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the folder's `stage.json` says, nothing where there is none. UserError for a stage of other settings."""
+    found = _read(output)
+    if found and found.get("fingerprint") != fingerprint(settings):
+        raise UserError(
+            f"{output.uri} belongs to a run of another config: {first_difference(found.get('config', {}), settings)}; "
+            "choose another output or remove it"
+        )
+    return found
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str:

@@ -6,15 +6,12 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from beats_ray.config import (
-    ConfigError,
     DistillConfig,
     FinetuneConfig,
-    InferenceSettings,
-    Job,
     PretrainConfig,
     StreamSettings,
     TrainSettings,
@@ -22,22 +19,21 @@ from beats_ray.config import (
     fingerprint,
 )
 from beats_ray.console import Console
-from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, StorageError, open_place
-from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
+from beats_ray.train.checks import (
+    RunConfig,
+    find_mistakes,
+    read_inputs,
+    run_identity,
+)
+from beats_ray.train.flops import RunKind
 from beats_ray.train.loggers import check_loggers
 
 WATCH_SECONDS = 1.0
 NOTICE_SECONDS = 25.0  # spot machines and pods end 30 s after their notice
-
-EXECUTION_FIELDS = {
-    "num_workers", "cpus_per_worker", "use_gpu", "micro_batch_size", "zero_stage", "activation_checkpointing",
-    "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "storage_retry_seconds", "max_failures",
-    "max_bad_steps", "collective_timeout_seconds", "loggers",
-}  # fmt: skip
-"""Settings of `train` that a run may go on with other values of: its steps do the same to the same global batches."""
 
 Written = list[tuple[str, str]]
 """What a job wrote: (label, place)."""
@@ -47,7 +43,7 @@ Written = list[tuple[str, str]]
 class Run:
     """One training run, small enough to send to every worker."""
 
-    kind: Literal["pretrain", "distill", "finetune"]
+    kind: RunKind
     config: Any
     """PretrainConfig, DistillConfig or FinetuneConfig."""
     manifest: DatasetManifest
@@ -68,54 +64,27 @@ class Run:
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Written:
     """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
-    if not config.tokenizer:
-        raise ConfigError("tokenizer is empty; give the folder of a published tokenizer (see `beats-ray iterate`)")
-    check_published(open_place(config.tokenizer), "tokenizer", TOKENIZER_KINDS)
-    return _train(Run("pretrain", config, _manifest(config.data), open_place(config.output)), console)
+    return _train(_checked("pretrain", config), console)
 
 
 def run_distill(config: DistillConfig, console: Console) -> Written:
     """Distils a teacher encoder into a tokenizer; writes `output/model`."""
-    if not config.teacher:
-        raise ConfigError("teacher is empty; give the folder of a published encoder")
-    published = check_published(open_place(config.teacher), "teacher", ("encoder",))
-    depth = published["config"]["encoder"]["num_layers"]
-    if (config.tokenizer.teacher_layer or 0) > depth:
-        raise ConfigError(f"tokenizer.teacher_layer={config.tokenizer.teacher_layer}: the teacher has {depth} layers")
-    return _train(Run("distill", config, _manifest(config.data), open_place(config.output)), console)
+    return _train(_checked("distill", config), console)
 
 
 def run_finetune(config: FinetuneConfig, console: Console) -> Written:
     """Fine-tunes an encoder on the folds that are neither test nor validation; writes `output/model`."""
-    if not config.encoder:
-        raise ConfigError("encoder is empty; give the folder of a published encoder")
-    check_published(open_place(config.encoder), "encoder", ("encoder",))
-    manifest = _manifest(config.data)
-    check_folds(config, manifest)
-    return _train(
-        Run("finetune", config, manifest, open_place(config.output), load_cache(config.data, manifest)), console
-    )
+    run = _checked("finetune", config)
+    return _train(replace(run, cache=load_cache(config.data, run.manifest)), console)
 
 
-def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
-    """ConfigError when the data set lacks a fold that training, validation or test needs."""
-    known = sorted(int(fold) for fold in manifest.clips_by_fold)
-    for name in ("validation_fold", "test_fold"):
-        fold = getattr(config.folds, name)
-        if fold not in known and fold != -1:
-            raise ConfigError(f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}")
-    if not training_folds(config, manifest):
-        raise ConfigError(
-            f"data.folds={list(config.data.folds)} leaves no fold to train on beside test fold "
-            f"{config.folds.test_fold} and validation fold {config.folds.validation_fold}; widen data.folds"
-        )
-
-
-def training_folds(config: FinetuneConfig, manifest: DatasetManifest) -> tuple[int, ...]:
-    """The folds that weights are fitted on: neither the test nor the validation fold."""
-    held_out = (config.folds.test_fold, config.folds.validation_fold)
-    wanted = config.data.folds or tuple(sorted(int(fold) for fold in manifest.clips_by_fold))
-    return tuple(fold for fold in wanted if fold not in held_out)
+def _checked(kind: RunKind, config: RunConfig) -> Run:
+    """The run that the config means; its first mistake is raised."""
+    inputs = read_inputs(kind, config)
+    for mistake in inputs.mistakes + find_mistakes(kind, config, inputs):
+        raise mistake
+    assert inputs.manifest is not None, config.data.path
+    return Run(kind, config, inputs.manifest, open_place(config.output))
 
 
 def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
@@ -123,12 +92,6 @@ def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
     from beats_ray.data.cache import materialize_clips
 
     return materialize_clips(open_place(data.path), manifest, data)
-
-
-def _manifest(data: StreamSettings) -> DatasetManifest:
-    if not data.path:
-        raise ConfigError("data.path is empty; give the folder that `beats-ray prepare` wrote")
-    return read_manifest(open_place(data.path))
 
 
 def _train(run: Run, console: Console) -> Written:
@@ -143,19 +106,6 @@ def _train(run: Run, console: Console) -> Written:
 
     run_stage(run.output, run_identity(run.config), work)
     return _written(run)
-
-
-def run_identity(config: Job) -> dict[str, Any]:
-    """What makes a run the same run: its config without where it runs, on how much of a cluster and who is told."""
-    values = config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
-    return _without_execution(values)
-
-
-def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
-    if isinstance(kept.get("train"), dict):
-        kept["train"] = {name: value for name, value in kept["train"].items() if name not in EXECUTION_FIELDS}
-    return kept
 
 
 def _written(run: Run) -> Written:

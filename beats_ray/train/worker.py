@@ -10,9 +10,10 @@ from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
+from beats_ray.train.checks import run_identity, training_folds
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
-from beats_ray.train.jobs import Run, run_identity, training_folds
+from beats_ray.train.jobs import Run
 from beats_ray.train.loggers import Logger, build_loggers, flat_settings
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 
@@ -25,7 +26,10 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
     with explained(run.train, context):
-        return run_training(task, source, run.train, context, run.output, validate_every, partial(_build_loggers, run))
+        return run_training(
+            task, source, run.train, context, run.output,
+            validate_every_steps=validate_every, build_loggers=partial(_build_loggers, run),
+        )  # fmt: skip
 
 
 def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:

@@ -22,7 +22,8 @@ from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.inference import check_published
 from beats_ray.stage import is_complete, run_stage
-from beats_ray.train.jobs import Run, Written, check_folds, load_cache, run_identity
+from beats_ray.train.checks import check_folds, run_identity
+from beats_ray.train.jobs import Run, Written, load_cache
 from beats_ray.tune.space import check_space, tune_domains
 
 METRIC = "validation/accuracy"

@@ -1,0 +1,116 @@
+"""A real engine on batches of synthetic sound: one small pre-training run, with any settings and any processes."""
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from beats_ray.config import PretrainSettings, validate
+from beats_ray.data.batches import MicroBatch, to_micro_batch
+from beats_ray.data.plan import micro_batch_start
+from beats_ray.data.storage import open_place
+from beats_ray.models import RandomProjectionTokenizer
+from beats_ray.train.checkpoint import THREAD_NAME
+from beats_ray.train.context import WorkerContext
+from beats_ray.train.loop import Prepared, run_training
+from beats_ray.train.pretrain import PretrainTask
+
+CLIPS, SAMPLES = 24, 16_000
+
+
+class SyntheticBatches:
+    """Noise clips of different lengths, in the order of their positions, as a BatchSource."""
+
+    def __init__(self, micro_batch_size: int, clips_per_step: int, rank: int = 0, world_size: int = 1) -> None:
+        rng = np.random.default_rng(0)
+        self._audio = (rng.normal(size=(CLIPS, SAMPLES)) * 3000).astype(np.int16)
+        self._lengths = rng.integers(SAMPLES // 4, SAMPLES + 1, CLIPS)
+        self._micro_batch_size = micro_batch_size
+        self._clips_per_step = clips_per_step
+        self._rank, self._world_size = rank, world_size
+
+    def training(self, first_step: int) -> Iterator[MicroBatch]:
+        first, size = first_step * self._clips_per_step, self._micro_batch_size
+        for index in itertools.count():
+            start = micro_batch_start(first, index, self._rank, self._world_size, size)
+            yield self._batch(np.arange(start, start + size))
+
+    def held_out(self, part: str) -> Iterable[MicroBatch] | None:
+        return None
+
+    def _batch(self, positions: np.ndarray) -> MicroBatch:
+        index = positions % CLIPS
+        audio = self._audio[index].copy()
+        for row, length in enumerate(self._lengths[index]):
+            audio[row, length:] = 0
+        return to_micro_batch(
+            {
+                "audio": audio,
+                "num_samples": self._lengths[index],
+                "targets": np.eye(3, dtype=np.uint8)[index % 3],
+                "position": positions,
+                "clip_id": np.array([f"clip-{i}" for i in index]),
+            }
+        )
+
+
+class Pretraining:
+    """A small pre-training run, to be called again and again with other settings."""
+
+    def settings(self, **train: object) -> PretrainSettings:
+        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
+        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
+        encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
+        return validate(PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train})
+
+    def run(
+        self,
+        output: Path,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+        poisoned_step: int | None = None,
+        ranks: tuple[int, int] = (0, 1),
+        **train: object,
+    ) -> list[float]:
+        """Trains and returns the loss of every step that ran; NaN for a step that was left out.
+
+        poisoned_step: the 0-based step whose first micro-batch gives a loss that is no number. ranks: this process's
+        rank and the number of processes, whose group is there already.
+        """
+        settings = self.settings(**train)
+        losses: list[float] = []
+
+        def record(step: int, metrics: dict[str, float]) -> None:
+            losses.append(metrics.get("train/loss", math.nan))
+            if report is not None:
+                report(step, metrics)
+
+        torch.manual_seed(settings.train.seed)
+        task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
+        if poisoned_step is not None:
+            _poison(task, poisoned_step * settings.train.global_batch_size)
+        source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size, *ranks)
+        context = WorkerContext(*ranks, torch.device("cpu"), record)
+        try:
+            run_training(task, source, settings.train, context, open_place(str(output)))
+        finally:
+            for thread in threading.enumerate():  # where a test interrupts a run, its last checkpoint is whole
+                if thread.name == THREAD_NAME:
+                    thread.join()
+        return losses
+
+
+def _poison(task: PretrainTask, position: int) -> None:
+    """Makes the filterbank of the micro-batch that begins at a position no number."""
+    prepare = task.prepare
+
+    def poisoned(batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        prepared = prepare(batch, generator, training)
+        if batch.first_position == position:
+            prepared.inputs[0].fill_(math.nan)
+        return prepared
+
+    task.prepare = poisoned  # type: ignore[method-assign]
