@@ -158,7 +158,7 @@ class MaskingSettings(Section):
 
 
 class PredictorSettings(Section):
-    num_layers: NonNegativeInt = 3
+    num_layers: PositiveInt = 3
     """Transformer layers of the label predictor (ESPnet's statement of the paper's setting)."""
     mask_vector: Literal["zero", "learned"] = "learned"
     """What stands at a masked place in the label predictor's input."""

@@ -131,15 +131,18 @@ def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
 def fold_mistakes(config: FinetuneConfig, manifest: DatasetManifest) -> list[ConfigError]:
     """Every fold that training, validation or test needs and the data set lacks."""
     known = sorted(int(fold) for fold in manifest.clips_by_fold)
+    read = config.data.folds
     mistakes = []
     for name in ("validation_fold", "test_fold"):
         fold = getattr(config.folds, name)
-        if fold not in known and fold != -1:
-            mistakes.append(
-                ConfigError(
-                    f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}; choose one of them"
-                )
-            )
+        if fold == -1:
+            continue
+        if fold not in known:
+            text = f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}; choose one of them"
+            mistakes.append(ConfigError(text))
+        elif read and fold not in read:
+            text = f"folds.{name}={fold} is not among data.folds={list(read)}, the clips that are read; add it there"
+            mistakes.append(ConfigError(text))
     if not training_folds(config, manifest):
         mistakes.append(
             ConfigError(
