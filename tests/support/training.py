@@ -1,13 +1,21 @@
-"""A real engine on batches of synthetic sound: one small pre-training run, with any settings and any processes."""
+"""A real engine on batches of synthetic sound: one small pre-training run, in one process or several."""
 
+import contextlib
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from beats_ray.config import PretrainSettings, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
@@ -19,6 +27,7 @@ from beats_ray.train.context import WorkerContext
 from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.pretrain import PretrainTask
 
+ROOT = Path(__file__).parents[2]
 CLIPS, SAMPLES = 24, 16_000
 
 
@@ -73,15 +82,16 @@ class Pretraining:
         report: Callable[[int, dict[str, float]], None] | None = None,
         poisoned_step: int | None = None,
         ranks: tuple[int, int] = (0, 1),
+        seen: list[float] | None = None,
         **train: object,
     ) -> list[float]:
         """Trains and returns the loss of every step that ran; NaN for a step that was left out.
 
         poisoned_step: the 0-based step whose first micro-batch gives a loss that is no number. ranks: this process's
-        rank and the number of processes, whose group is there already.
+        rank and the number of processes, whose group is there already. seen: where losses are collected, for a run that is interrupted.
         """
         settings = self.settings(**train)
-        losses: list[float] = []
+        losses = [] if seen is None else seen
 
         def record(step: int, metrics: dict[str, float]) -> None:
             losses.append(metrics.get("train/loss", math.nan))
@@ -114,3 +124,62 @@ def _poison(task: PretrainTask, position: int) -> None:
         return prepared
 
     task.prepare = poisoned  # type: ignore[method-assign]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def run_group(folder: Path, world_size: int, runs: list[dict[str, Any]]) -> list[list[float]]:
+    """The losses of runs, one after the other, of a new group of so many processes.
+
+    runs: keyword arguments of `Pretraining.run` with `name`, below `folder`; `stop` ends a run after so many steps.
+    """
+    store, results = folder / f"store-{uuid.uuid4().hex}", folder / f"losses-{uuid.uuid4().hex}.json"
+    command = [sys.executable, "-m", "tests.support.training", str(store), str(results), json.dumps(runs)]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(world_size)], cwd=ROOT, env=os.environ | {"LOCAL_RANK": "0"})
+        for rank in range(world_size)
+    ]
+    try:
+        statuses = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert statuses == [0] * world_size, statuses
+    losses: list[list[float]] = json.loads(results.read_text())
+    return losses
+
+
+class Stopped(Exception):
+    """The run has come as far as was asked for."""
+
+
+def _stop_after(step: int | None) -> Callable[[int, dict[str, float]], None]:
+    def report(done: int, _metrics: dict[str, float]) -> None:
+        if done == step:
+            raise Stopped
+
+    return report
+
+
+def _take_part(store: str, results: str, runs: str, rank: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    losses: list[list[float]] = []
+    for run in json.loads(runs):
+        name, stop = run.pop("name"), run.pop("stop", None)
+        seen: list[float] = []
+        with contextlib.suppress(Stopped):
+            Pretraining().run(
+                Path(results).parent / name, _stop_after(stop), ranks=(rank, world_size), seen=seen, **run
+            )
+        losses.append(seen)
+    if rank == 0:
+        Path(results).write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _take_part(*sys.argv[1:4], *map(int, sys.argv[4:6]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads abort a process that ends while another one still leaves the group
