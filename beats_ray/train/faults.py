@@ -3,12 +3,12 @@
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from beats_ray.config import TrainSettings, UserError
-from beats_ray.data.storage import Place, StorageError
+from beats_ray.data.storage import Place, StorageError, with_retries
 from beats_ray.train.context import WorkerContext
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,17 @@ class SkippedSteps:
                 f"row, the last one step {step + 1} with clips {shown} (all are in {self._file.uri}); lower "
                 "train.learning_rate, or take these clips out"
             )
+
+
+def count_recoveries(output: Place, context: WorkerContext, retry_seconds: float) -> int:
+    """How often the run began again before this time, whatever for; every rank must call it, once."""
+    attempts = 0
+    if context.rank == 0:
+        place = output / "attempts.json"
+        with suppress(FileNotFoundError):
+            attempts = int(with_retries(place.read_json, retry_seconds)["attempts"])
+        with_retries(lambda: place.write_json({"attempts": attempts + 1}), retry_seconds)
+    return int(context.gather(attempts)[0])
 
 
 @contextmanager

@@ -240,7 +240,7 @@ class watch:
             return
         first, self._shown_step = self._shown_step < 0, record["step"]
         self._warn(record, first)
-        shown = {name: value for name, value in record.items() if name in _SHOWN}
+        shown = {name: value for name, value in record.items() if name in _SHOWN and (value or name not in _IF_ANY)}
         total = self._run.train.steps * self._run.train.global_batch_size
         self._console.progress(record["clips"], total, **{_SHOWN[name]: value for name, value in shown.items()})
 
@@ -266,4 +266,7 @@ _SHOWN = {
     "tokenizer/perplexity": "perplexity",
     "validation/accuracy": "validation accuracy",
     "data/wait_fraction": "data wait",
+    "train/skipped_steps": "skipped steps",
+    "train/recoveries": "recoveries",
 }
+_IF_ANY = {"train/skipped_steps", "train/recoveries"}  # no news while they are zero

@@ -9,7 +9,6 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,10 @@ from beats_ray.data.storage import Place, with_retries
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
-from beats_ray.train.faults import Notices, SkippedSteps
+from beats_ray.train.faults import Notices, SkippedSteps, count_recoveries
 from beats_ray.train.loggers import Logger
+from beats_ray.train.meter import Meter
 from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
-from beats_ray.train.optimizer import learning_rate
 
 HeldOut = Literal["validation", "test"]
 
@@ -84,17 +83,20 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     output: Place,
     *,
     validate_every_steps: int | None = None,
+    flops_per_clip: int = 0,
     build_loggers: Callable[[int], Sequence[Logger]] | None = None,
 ) -> dict[str, float]:
     """Trains `task` to `settings.steps` and publishes the model to `output/model`; resumes by itself.
 
     Returns the last reported metrics. Every worker calls it with the same arguments but its own `context` and `source`.
+    flops_per_clip: model FLOPs of a clip in a training step, for `perf/mfu`; 0 leaves that metric out.
     build_loggers: gives the loggers of a run that goes on from a step; TensorBoard's where there is none.
     """
     torch.manual_seed(settings.seed)
     checkpoints = ResumeCheckpoints(
         output / "checkpoints", context, settings.keep_checkpoints, settings.storage_retry_seconds
     )
+    recoveries = count_recoveries(output, context, settings.storage_retry_seconds)
     engine = Engine(task.module, settings, task.depths())
     first_step = checkpoints.restore(engine)
     batches = source.training(first_step)
@@ -103,7 +105,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         log = MetricsLog(output, first_step, build_loggers(first_step) if build_loggers else None)
     notices = Notices(output, context)
     skipped = SkippedSteps(output, settings.max_bad_steps, context)
-    meter = _Meter(settings, context, first_step)
+    meter = Meter(settings, context, first_step, flops_per_clip)
     metrics: dict[str, float] = {}
     accumulation_steps = settings.accumulation_steps(context.world_size)
 
@@ -124,6 +126,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         if done % settings.log_every_steps == 0 or last or validates:
             metrics = meter.report(done, engine) | {
                 "train/skipped_steps": skipped.total,
+                "train/recoveries": recoveries,
                 "perf/checkpoint_seconds": checkpoints.blocked_seconds,
             }
             if validates:
@@ -195,7 +198,7 @@ def publish(task: Task, engine: Engine, context: WorkerContext, output: Place) -
 
 
 def _fetch(
-    task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: "_Meter"
+    task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: Meter
 ) -> Prepared:
     batch = next(batches)
     meter.fetched(batch)
@@ -210,44 +213,3 @@ def seed_of(*parts: int) -> int:
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(seed_of(seed, step, rank))
-
-
-class _Meter:
-    """Rates and sums between two reports."""
-
-    def __init__(self, settings: TrainSettings, context: WorkerContext, first_step: int) -> None:
-        self._settings = settings
-        self._context = context
-        self._means = MetricMeans()
-        self._last_step = first_step
-        self._started = self._last_time = time.perf_counter()
-        self._wait_seconds = 0.0
-
-    def fetched(self, batch: MicroBatch) -> None:
-        """Counts what a batch cost before it was here."""
-        self._wait_seconds += batch.wait_seconds
-        if batch.decode_seconds:  # of clips that were streamed
-            device, clips = self._context.device, float(len(batch.clip_ids))
-            for name, seconds in (("read", batch.read_seconds), ("decode", batch.decode_seconds)):
-                pair = torch.tensor([seconds, clips], dtype=torch.double, device=device).unbind()
-                self._means.add({f"data/{name}_seconds_per_clip": (pair[0], pair[1])})
-
-    def add(self, sums: MetricSums) -> None:
-        self._means.add(sums)
-
-    def report(self, step: int, engine: Engine) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = now - self._last_time
-        wait = torch.tensor(self._wait_seconds / seconds, device=self._context.device)
-        self._means.add({"data/wait_fraction": (wait, torch.ones_like(wait))})
-        metrics = {
-            "step": step,
-            "seconds": now - self._started,
-            "clips": step * self._settings.global_batch_size,
-            **self._means.reduce(self._context),
-            "train/learning_rate": learning_rate(step - 1, self._settings),
-            "train/grad_norm": engine.grad_norm(),
-            "perf/clips_per_s": (step - self._last_step) * self._settings.global_batch_size / seconds,
-        }
-        self._last_step, self._last_time, self._wait_seconds = step, now, 0.0
-        return metrics

@@ -10,9 +10,10 @@ from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
-from beats_ray.train.checks import run_identity, training_folds
+from beats_ray.train.checks import read_published, run_identity, training_folds
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
+from beats_ray.train.flops import step_flops_per_clip
 from beats_ray.train.jobs import Run
 from beats_ray.train.loggers import Logger, build_loggers, flat_settings
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
@@ -25,10 +26,13 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     task = build_task(run)
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
+    flops = step_flops_per_clip(
+        run.kind, run.config, read_published(run.kind, run.config), len(run.manifest.label_names)
+    )
     with explained(run.train, context):
         return run_training(
             task, source, run.train, context, run.output,
-            validate_every_steps=validate_every, build_loggers=partial(_build_loggers, run),
+            validate_every_steps=validate_every, flops_per_clip=flops, build_loggers=partial(_build_loggers, run),
         )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ class Pretraining:
         """Trains and returns the loss of every step that ran; NaN for a step that was left out.
 
         poisoned_step: the 0-based step whose first micro-batch gives a loss that is no number. ranks: this process's
-        rank and the number of processes, whose group is there already. seen: where losses are collected, for a run that is interrupted.
+        rank and the number of processes, whose group is there already. seen: where losses are collected, for a run
+        that is interrupted.
         """
         settings = self.settings(**train)
         losses = [] if seen is None else seen

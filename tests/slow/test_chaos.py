@@ -1,0 +1,201 @@
+"""A pre-training run on a small cluster into which a seeded sequence of faults is thrown ends as if there were none.
+
+Real raylets, real workers under DeepSpeed, a real object store; the driver is the command line. Prints a table of what
+each fault cost.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.fault_proxy import FaultProxy, FaultRates
+
+from beats_ray.data.sample import make_sample_set
+from beats_ray.data.storage import Place, open_place
+from beats_ray.models import RandomProjectionTokenizer, save_model
+from beats_ray.objectstore import EmbeddedObjectStore
+from beats_ray.train.checkpoint import sound_steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("worker killed", "node removed", "driver killed", "store away for 20 s", "newest checkpoint truncated")
+NUM_FAULTS = int(os.environ.get("BEATS_RAY_CHAOS_FAULTS", "20"))
+SEED = 0
+STEPS_A_FAULT = 40
+STEPS = STEPS_A_FAULT * (NUM_FAULTS + 2)
+RECOVERY_SECONDS = 300
+
+
+class Nodes:
+    """A head that reads and decodes, and two nodes with room for one worker each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 3, "object_store_memory": 300 * 2**20, "include_dashboard": False},
+        )
+        self._workers = [self._add(), self._add()]
+        self.address: str = self._cluster.address
+
+    def _add(self) -> Any:
+        return self._cluster.add_node(num_cpus=4, object_store_memory=150 * 2**20)
+
+    def replace(self, index: int) -> None:
+        """Takes a node away without grace and brings another."""
+        self._cluster.remove_node(self._workers[index], allow_graceful=False)
+        self._workers[index] = self._add()
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[tuple[dict[str, str], EmbeddedObjectStore]]:
+    """What the commands and all nodes see: the store behind an address that outlives it."""
+    with (
+        EmbeddedObjectStore(tmp_path / "store") as store,
+        FaultProxy(lambda: store.endpoint, FaultRates()) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        store.make_bucket("beats")
+        values = {name: proxy.endpoint if "ENDPOINT" in name else value for name, value in store.environment().items()}
+        values |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield dict(os.environ), store
+
+
+@pytest.fixture
+def nodes(environment: object) -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.close()
+
+
+class Run:
+    """One pre-training command, started again and again on one cluster."""
+
+    def __init__(self, name: str, folder: Path, environment: dict[str, str], address: str) -> None:
+        self.output: Place = open_place(f"s3://beats/{name}")
+        self._log = folder / f"{name}.log"
+        self._environment = environment | {"RAY_ADDRESS": address}
+        self._command = [
+            sys.executable, "-m", "beats_ray", "pretrain", "data.path=s3://beats/data", f"output=s3://beats/{name}",
+            "tokenizer=s3://beats/tokenizer", "encoder.preset=tiny", "encoder.overrides={num_layers: 1, width: 32, "
+            "num_heads: 2, ffn_width: 64}", "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
+            f"train.steps={STEPS}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
+            "train.num_workers=2", "train.cpus_per_worker=4", "train.log_every_steps=5",
+            "train.checkpoint_every_steps=10", "train.keep_checkpoints=3", "train.max_failures=1000",
+            "train.learning_rate=1e-3", "train.epsilon=1e-8", "train.collective_timeout_seconds=30",
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self.driver = subprocess.Popen(
+                self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def step(self) -> int:
+        """The newest step that the run has reported; 0 before the first."""
+        try:
+            return int((self.output / "progress.json").read_json()["step"])
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def wait_for_step(self, step: int, begun_at: float = 0.0) -> int:
+        """Waits until the run reports `step` or a later one, in a report younger than begun_at."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while (found := self.step()) < step:
+            assert self.driver.poll() in (None, 0), self.tail()
+            assert time.monotonic() < deadline, (
+                f"step {step} did not come, only {found}; begun {begun_at}\n{self.tail()}"
+            )
+            time.sleep(0.2)
+        return found
+
+    def losses(self) -> dict[int, float]:
+        text = (self.output / "metrics.jsonl").read_bytes().decode()
+        records = [json.loads(line) for line in text.splitlines()]
+        assert len({record["step"] for record in records}) == len(records), "a step was recorded twice"
+        return {record["step"]: record["train/loss"] for record in records}
+
+    def tail(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:]
+
+
+def inflict(kind: str, run: Run, nodes: Nodes, store: EmbeddedObjectStore, chance: random.Random) -> None:
+    """One fault; returns when it is over."""
+    if kind == "worker killed":
+        chance.choice(training_processes()).kill()
+    elif kind == "node removed":
+        nodes.replace(chance.randrange(2))
+    elif kind == "driver killed":
+        os.killpg(run.driver.pid, signal.SIGKILL)
+        run.driver.wait()
+        run.start()
+    elif kind == "store away for 20 s":
+        store.stop()
+        time.sleep(20)
+        store.start()
+    else:
+        steps = sound_steps(run.output / "checkpoints")
+        checkpoint = run.output / "checkpoints" / f"step-{steps[-1]:08d}"
+        part = next(place for place in checkpoint.list() if place.name.endswith(".safetensors"))
+        part.write_bytes(part.read_bytes()[: chance.randrange(1000)])
+        chance.choice(training_processes()).kill()
+
+
+def training_processes() -> list[psutil.Process]:
+    """The workers of Ray Train below this process, the nodes' parent."""
+    children = psutil.Process().children(recursive=True)
+    found = [process for process in children if "RayTrainWorker" in " ".join(process.cmdline() or [process.name()])]
+    assert found, "no training process is there to be killed"
+    return sorted(found, key=lambda process: process.pid)
+
+
+def test_a_run_ends_as_if_there_had_been_no_faults(
+    tmp_path: Path, environment: tuple[dict[str, str], EmbeddedObjectStore], nodes: Nodes
+) -> None:
+    values, store = environment
+    make_sample_set(tmp_path / "clips", num_clips=120)
+    command = [sys.executable, "-m", "beats_ray", "prepare", "esc50", str(tmp_path / "clips"), "s3://beats/data"]
+    subprocess.run(command, cwd=ROOT, env=values | {"RAY_ADDRESS": nodes.address}, check=True, timeout=300)
+    save_model(RandomProjectionTokenizer(), tmp_path / "tokenizer")
+    open_place("s3://beats/tokenizer").upload(tmp_path / "tokenizer")
+
+    undisturbed = Run("undisturbed", tmp_path, values, nodes.address)
+    undisturbed.start()
+    assert undisturbed.driver.wait(1200) == 0, undisturbed.tail()
+
+    chance = random.Random(SEED)
+    kinds = [KINDS[index % len(KINDS)] for index in range(NUM_FAULTS)]
+    chance.shuffle(kinds)
+    run = Run("chaos", tmp_path, values, nodes.address)
+    run.start()
+    rows = []
+    for number, kind in enumerate(kinds):
+        before = run.wait_for_step(number * STEPS_A_FAULT + chance.randrange(15, STEPS_A_FAULT - 5))
+        begun = time.monotonic()
+        inflict(kind, run, nodes, store, chance)
+        kept = max(sound_steps(run.output / "checkpoints"), default=0)
+        run.wait_for_step(run.step() + 5 if kind == "store away for 20 s" else before + 5, begun)
+        lost = 0 if kind == "store away for 20 s" else max(0, before - kept)
+        rows.append((kind, before, lost, time.monotonic() - begun))
+        print(f"{kind:30} step {before:5d}  lost {lost:3d}  {rows[-1][3]:6.1f} s", flush=True)
+    assert run.driver.wait(1200) == 0, run.tail()
+
+    assert run.losses() == undisturbed.losses()
+    weights = [(place / "model/model.safetensors").read_bytes() for place in (run.output, undisturbed.output)]
+    assert weights[0] == weights[1]
