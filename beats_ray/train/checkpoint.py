@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from beats_ray.data.storage import Place, StorageError, with_retries
+from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 
@@ -31,36 +32,6 @@ POLL_SECONDS = 0.1
 THREAD_NAME = "checkpoint upload"
 
 ResultT = TypeVar("ResultT")
-
-
-def sound_steps(folder: Place) -> list[int]:
-    """Steps with a committed checkpoint whose files are all there in their size, oldest first: one listing of sizes.
-
-    A warning for each that is damaged. Content is verified by whoever restores it.
-    """
-    sizes = folder.sizes(recursive=True)
-    steps = []
-    for name in sizes:
-        step, _, file = name.partition("/")
-        if file == "commit.json" and step.startswith("step-"):
-            problem = _find_missing(folder / step, sizes)
-            if problem is None:
-                steps.append(int(step.removeprefix("step-")))
-            else:
-                logger.warning("checkpoint %s is damaged (%s); using the one before", step, problem)
-    return sorted(steps)
-
-
-def _find_missing(checkpoint: Place, sizes: dict[str, int]) -> str | None:
-    try:
-        files = (checkpoint / "commit.json").read_json()["files"]
-    except (FileNotFoundError, ValueError):
-        return "commit.json does not read"
-    for name, expected in files.items():
-        found = sizes.get(f"{checkpoint.name}/{name}")
-        if found != expected["bytes"]:
-            return f"{name} has {found} bytes, not the {expected['bytes']} committed" if found else f"{name} is missing"
-    return None
 
 
 class ResumeCheckpoints:

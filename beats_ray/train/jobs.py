@@ -122,9 +122,11 @@ def _fit(run: Run) -> None:
     datasets: dict[str, Any] = {}
     data_config = None
     if run.cache is None:
-        from beats_ray.train.streaming import TrainStream
+        from beats_ray.train.streaming import StreamedRun, TrainStream
 
-        datasets, data_config = {"train": lambda: None}, TrainStream(run)
+        labels = getattr(run.config, "labels", "")
+        streamed = StreamedRun(run.data, run.train, run.manifest, labels, run.output / "checkpoints")
+        datasets, data_config = {"train": lambda: None}, TrainStream(streamed)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     scratch = run.output / "ray-train"
     trainer = TorchTrainer(
@@ -183,7 +185,7 @@ def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) 
 
 def _checkpoint_before_the_end(output: Place) -> None:
     """Asks the run for a checkpoint and waits for it, within the notice that spot machines and `ray job stop` give."""
-    from beats_ray.train.checkpoint import sound_steps
+    from beats_ray.train.committed import sound_steps
     from beats_ray.train.faults import STOP_REQUEST
 
     before = sound_steps(output / "checkpoints")

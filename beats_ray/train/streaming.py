@@ -1,19 +1,36 @@
-"""How the stream of clips reaches the workers of Ray Train, however many there are at the moment."""
+"""How the stream of clips reaches the workers of Ray Train, however many there are at the moment.
 
+Ray unpickles this in a process of its own, so it imports no torch.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 
-from beats_ray.data.storage import open_place
+from beats_ray.config import StreamSettings, TrainSettings
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.storage import Place, open_place
 from beats_ray.data.stream import build_stream, execution_options
-from beats_ray.train.checkpoint import sound_steps
-from beats_ray.train.jobs import Run
+from beats_ray.train.committed import sound_steps
+
+
+@dataclass(frozen=True)
+class StreamedRun:
+    """What the stream of a run depends on, beside the number of workers."""
+
+    data: StreamSettings
+    train: TrainSettings
+    manifest: DatasetManifest
+    labels: str
+    """Where patch labels are; empty where the run needs none."""
+    checkpoints: Place
 
 
 class TrainStream(ray.train.DataConfig):
     """Builds the stream at every (re)start of the workers: for as many as there are, from the newest checkpoint on."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: StreamedRun) -> None:
         super().__init__()
         self._run = run
 
@@ -23,8 +40,7 @@ class TrainStream(ray.train.DataConfig):
         """One iterator for each worker, by rank; `datasets` only names them."""
         del worker_handles, worker_node_ids
         run = self._run
-        steps = sound_steps(run.output / "checkpoints")
-        labels = getattr(run.config, "labels", "")
+        steps = sound_steps(run.checkpoints)
         stream = build_stream(
             open_place(run.data.path),
             run.manifest,
@@ -35,7 +51,7 @@ class TrainStream(ray.train.DataConfig):
             start_step=steps[-1] if steps else 0,
             stop_step=run.train.steps,
             num_workers=world_size,
-            labels=open_place(labels) if labels else None,
+            labels=open_place(run.labels) if run.labels else None,
         )
         stream.context.execution_options = execution_options(run.data, world_size)
         (name,) = datasets

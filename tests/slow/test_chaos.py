@@ -23,7 +23,7 @@ from beats_ray.data.sample import make_sample_set
 from beats_ray.data.storage import Place, open_place
 from beats_ray.models import RandomProjectionTokenizer, save_model
 from beats_ray.objectstore import EmbeddedObjectStore
-from beats_ray.train.checkpoint import sound_steps
+from beats_ray.train.committed import sound_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -93,8 +93,9 @@ class Run:
         self._environment = environment | {"RAY_ADDRESS": address}
         self._command = [
             sys.executable, "-m", "beats_ray", "pretrain", "data.path=s3://beats/data", f"output=s3://beats/{name}",
-            "tokenizer=s3://beats/tokenizer", "encoder.preset=tiny", "encoder.overrides={num_layers: 1, width: 32, "
-            "num_heads: 2, ffn_width: 64}", "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
+            "tokenizer=s3://beats/tokenizer", "encoder.preset=tiny",
+            "encoder.overrides={num_layers: 1, width: 32, num_heads: 2, ffn_width: 64}",
+            "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
             f"train.steps={STEPS}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
             "train.num_workers=2", "train.cpus_per_worker=4", "train.log_every_steps=5",
             "train.checkpoint_every_steps=10", "train.keep_checkpoints=3", "train.max_failures=1000",

@@ -13,7 +13,7 @@ from beats_ray.config import TrainSettings
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.models import load_model
-from beats_ray.train.checkpoint import sound_steps
+from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import single_process_context
 from beats_ray.train.faults import TrainingDiverged
 from beats_ray.train.loop import Prepared, run_training
