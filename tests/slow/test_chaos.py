@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,16 @@ from beats_ray.train.committed import sound_steps
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("worker killed", "node removed", "driver killed", "store away for 20 s", "newest checkpoint truncated")
-NUM_FAULTS = int(os.environ.get("BEATS_RAY_CHAOS_FAULTS", "20"))
+AWAY = "store away for 20 s"
+KINDS = (
+    "worker killed", "node removed", "node drained, then removed", "driver killed", "driver terminated", AWAY,
+    "newest checkpoint truncated",
+)  # fmt: skip
+NOTICE_SECONDS = 30
+CHECKPOINT_STEPS = 20
+NUM_FAULTS = int(os.environ.get("BEATS_RAY_CHAOS_FAULTS", "21"))
 SEED = 0
-STEPS_A_FAULT = 40
+STEPS_A_FAULT = 30
 STEPS = STEPS_A_FAULT * (NUM_FAULTS + 2)
 RECOVERY_SECONDS = 300
 
@@ -39,18 +46,34 @@ RECOVERY_SECONDS = 300
 class Nodes:
     """A head that reads and decodes, and two nodes with room for one worker each."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: str) -> None:
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 3, "object_store_memory": 300 * 2**20, "include_dashboard": False},
+            head_node_args={
+                "num_cpus": 3,
+                "object_store_memory": 300 * 2**20,
+                "include_dashboard": False,
+                "temp_dir": scratch,
+            },
         )
         self._workers = [self._add(), self._add()]
         self.address: str = self._cluster.address
 
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=4, object_store_memory=150 * 2**20)
+
+    def drain(self, index: int) -> None:
+        """Announces the end of a node, as a spot machine does."""
+        subprocess.run(
+            [
+                Path(sys.executable).with_name("ray"), "drain-node", f"--address={self.address}",
+                f"--node-id={self._workers[index].node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message=spot", f"--deadline-remaining-seconds={NOTICE_SECONDS}",
+            ],
+            check=True, timeout=60,
+        )  # fmt: skip
 
     def replace(self, index: int) -> None:
         """Takes a node away without grace and brings another."""
@@ -79,9 +102,10 @@ def environment(tmp_path: Path) -> Iterator[tuple[dict[str, str], EmbeddedObject
 
 @pytest.fixture
 def nodes(environment: object) -> Iterator[Nodes]:
-    nodes = Nodes()
-    yield nodes
-    nodes.close()
+    with tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        nodes = Nodes(scratch)
+        yield nodes
+        nodes.close()
 
 
 class Run:
@@ -97,8 +121,8 @@ class Run:
             "encoder.overrides={num_layers: 1, width: 32, num_heads: 2, ffn_width: 64}",
             "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
             f"train.steps={STEPS}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
-            "train.num_workers=2", "train.cpus_per_worker=4", "train.log_every_steps=5",
-            "train.checkpoint_every_steps=10", "train.keep_checkpoints=3", "train.max_failures=1000",
+            "train.num_workers=2", "train.cpus_per_worker=4", "train.log_every_steps=3",
+            f"train.checkpoint_every_steps={CHECKPOINT_STEPS}", "train.keep_checkpoints=3", "train.max_failures=1000",
             "train.learning_rate=1e-3", "train.epsilon=1e-8", "train.collective_timeout_seconds=30",
         ]  # fmt: skip
 
@@ -115,14 +139,12 @@ class Run:
         except (FileNotFoundError, ValueError):
             return 0
 
-    def wait_for_step(self, step: int, begun_at: float = 0.0) -> int:
-        """Waits until the run reports `step` or a later one, in a report younger than begun_at."""
+    def wait_for_step(self, step: int) -> int:
+        """Waits until the run reports `step` or a later one."""
         deadline = time.monotonic() + RECOVERY_SECONDS
         while (found := self.step()) < step:
             assert self.driver.poll() in (None, 0), self.tail()
-            assert time.monotonic() < deadline, (
-                f"step {step} did not come, only {found}; begun {begun_at}\n{self.tail()}"
-            )
+            assert time.monotonic() < deadline, f"step {step} did not come, only {found}\n{self.tail()}"
             time.sleep(0.2)
         return found
 
@@ -142,11 +164,25 @@ def inflict(kind: str, run: Run, nodes: Nodes, store: EmbeddedObjectStore, chanc
         chance.choice(training_processes()).kill()
     elif kind == "node removed":
         nodes.replace(chance.randrange(2))
+    elif kind == "node drained, then removed":
+        before, index = unscheduled(run), chance.randrange(2)
+        nodes.drain(index)
+        deadline = time.monotonic() + NOTICE_SECONDS
+        while unscheduled(run) <= before:
+            assert time.monotonic() < deadline, "no checkpoint came within the notice"
+            time.sleep(0.2)
+        nodes.replace(index)
     elif kind == "driver killed":
         os.killpg(run.driver.pid, signal.SIGKILL)
         run.driver.wait()
         run.start()
-    elif kind == "store away for 20 s":
+    elif kind == "driver terminated":
+        before = unscheduled(run)
+        run.driver.terminate()
+        assert run.driver.wait(120) == 143, run.tail()
+        assert unscheduled(run) > before, "it ended without a checkpoint"
+        run.start()
+    elif kind == AWAY:
         store.stop()
         time.sleep(20)
         store.start()
@@ -156,6 +192,11 @@ def inflict(kind: str, run: Run, nodes: Nodes, store: EmbeddedObjectStore, chanc
         part = next(place for place in checkpoint.list() if place.name.endswith(".safetensors"))
         part.write_bytes(part.read_bytes()[: chance.randrange(1000)])
         chance.choice(training_processes()).kill()
+
+
+def unscheduled(run: Run) -> int:
+    """The newest step with a checkpoint that was made because of a notice; 0 where there is none."""
+    return max((step for step in sound_steps(run.output / "checkpoints") if step % CHECKPOINT_STEPS), default=0)
 
 
 def training_processes() -> list[psutil.Process]:
@@ -191,8 +232,8 @@ def test_a_run_ends_as_if_there_had_been_no_faults(
         begun = time.monotonic()
         inflict(kind, run, nodes, store, chance)
         kept = max(sound_steps(run.output / "checkpoints"), default=0)
-        run.wait_for_step(run.step() + 5 if kind == "store away for 20 s" else before + 5, begun)
-        lost = 0 if kind == "store away for 20 s" else max(0, before - kept)
+        run.wait_for_step(run.step() + 5 if kind == AWAY else before + 5)
+        lost = 0 if kind == AWAY else max(0, before - kept)
         rows.append((kind, before, lost, time.monotonic() - begun))
         print(f"{kind:30} step {before:5d}  lost {lost:3d}  {rows[-1][3]:6.1f} s", flush=True)
     assert run.driver.wait(1200) == 0, run.tail()
