@@ -485,7 +485,7 @@ class EmbedConfig(Job, InferenceSettings):
 
 
 class BenchConfig(Section):
-    name: Literal["data", "encoder", "fbank", "pretrain"]
+    name: Literal["checkpoint", "data", "encoder", "fbank", "pretrain"]
     """What is measured."""
     preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
     """Size of the encoder."""

@@ -4,6 +4,7 @@ A case builds a step, a function without arguments that does one unit of work on
 the models are imported in the case's own process only.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,13 +132,11 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
     return build
 
 
-def _lazily(name: str) -> Callable[[BenchConfig], Step]:
-    """A case of `data_cases`, imported in the case's own process."""
+def _lazily(name: str, module: str = "data_cases") -> Callable[[BenchConfig], Step]:
+    """A case of another module, imported in the case's own process."""
 
     def build(config: BenchConfig) -> Step:
-        from beats_ray.bench import data_cases
-
-        made: Step = getattr(data_cases, name)(config)
+        made: Step = getattr(importlib.import_module(f"beats_ray.bench.{module}"), name)(config)
         return made
 
     return build
@@ -145,6 +144,11 @@ def _lazily(name: str) -> Callable[[BenchConfig], Step]:
 
 BENCHES: dict[str, tuple[Case, ...]] = {
     "fbank": (Case("beats_ray, one batch", _batched_fbank), Case("torchaudio, clip by clip", _kaldi_fbank)),
+    "checkpoint": (
+        Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases")),
+        Case("a checkpoint every 10, beside training", _lazily("beside_training", "checkpoint_cases")),
+        Case("a checkpoint every 10, training waits", _lazily("while_training_waits", "checkpoint_cases")),
+    ),
     "data": (
         Case("bare limit: decoder x cores", _lazily("bare_limit")),
         Case("beats_ray stream", _lazily("our_stream")),

@@ -69,7 +69,9 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
 def _describe(config: BenchConfig) -> str:
     threads = f", {config.threads} threads" if config.device == "cpu" else ""
     clips = f"{config.num_clips} clips of {config.seconds:g} s"
-    model = f"{config.preset} encoder, {config.precision}, " if config.name in ("encoder", "pretrain") else ""
+    model = (
+        f"{config.preset} encoder, {config.precision}, " if config.name in ("checkpoint", "encoder", "pretrain") else ""
+    )
     return f"{model}{clips}, {config.device}{threads}"
 
 

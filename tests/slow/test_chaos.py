@@ -35,10 +35,10 @@ KINDS = (
     "newest checkpoint truncated",
 )  # fmt: skip
 NOTICE_SECONDS = 30
-CHECKPOINT_STEPS = 20
+CHECKPOINT_STEPS = 10
 NUM_FAULTS = int(os.environ.get("BEATS_RAY_CHAOS_FAULTS", "21"))
 SEED = 0
-STEPS_A_FAULT = 30
+STEPS_A_FAULT = 12
 STEPS = STEPS_A_FAULT * (NUM_FAULTS + 2)
 RECOVERY_SECONDS = 300
 
@@ -187,7 +187,8 @@ def inflict(kind: str, run: Run, nodes: Nodes, store: EmbeddedObjectStore, chanc
         time.sleep(20)
         store.start()
     else:
-        steps = sound_steps(run.output / "checkpoints")
+        while not (steps := sound_steps(run.output / "checkpoints")):
+            time.sleep(0.2)
         checkpoint = run.output / "checkpoints" / f"step-{steps[-1]:08d}"
         part = next(place for place in checkpoint.list() if place.name.endswith(".safetensors"))
         part.write_bytes(part.read_bytes()[: chance.randrange(1000)])
@@ -228,7 +229,7 @@ def test_a_run_ends_as_if_there_had_been_no_faults(
     run.start()
     rows = []
     for number, kind in enumerate(kinds):
-        before = run.wait_for_step(number * STEPS_A_FAULT + chance.randrange(15, STEPS_A_FAULT - 5))
+        before = run.wait_for_step(number * STEPS_A_FAULT + chance.randrange(STEPS_A_FAULT))
         begun = time.monotonic()
         inflict(kind, run, nodes, store, chance)
         kept = max(sound_steps(run.output / "checkpoints"), default=0)
