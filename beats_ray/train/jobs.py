@@ -236,7 +236,11 @@ class watch:
     def _show(self) -> None:
         try:
             record = (self._run.output / "progress.json").read_json()
-        except (FileNotFoundError, StorageError):  # the next look will tell; a run must not fail for its display
+        except (
+            FileNotFoundError,
+            StorageError,
+            ValueError,
+        ):  # absent, or replaced while it was read: the next will tell
             return
         if record["step"] == self._shown_step:
             return

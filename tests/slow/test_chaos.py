@@ -77,8 +77,16 @@ class Nodes:
 
     def replace(self, index: int) -> None:
         """Takes a node away without grace and brings another."""
-        self._cluster.remove_node(self._workers[index], allow_graceful=False)
-        self._workers[index] = self._add()
+        self.remove(index)
+        self._workers.insert(index, self._add())
+
+    def remove(self, index: int) -> None:
+        """Takes a node away without grace."""
+        self._cluster.remove_node(self._workers.pop(index), allow_graceful=False)
+
+    def add(self) -> None:
+        """Brings another node."""
+        self._workers.append(self._add())
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -111,7 +119,9 @@ def nodes(environment: object) -> Iterator[Nodes]:
 class Run:
     """One pre-training command, started again and again on one cluster."""
 
-    def __init__(self, name: str, folder: Path, environment: dict[str, str], address: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, environment: dict[str, str], address: str, steps: int, workers: str = "2"
+    ) -> None:
         self.output: Place = open_place(f"s3://beats/{name}")
         self._log = folder / f"{name}.log"
         self._environment = environment | {"RAY_ADDRESS": address}
@@ -120,8 +130,8 @@ class Run:
             "tokenizer=s3://beats/tokenizer", "encoder.preset=tiny",
             "encoder.overrides={num_layers: 1, width: 32, num_heads: 2, ffn_width: 64}",
             "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
-            f"train.steps={STEPS}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
-            "train.num_workers=2", "train.cpus_per_worker=4", "train.log_every_steps=3",
+            f"train.steps={steps}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
+            f"train.num_workers={workers}", "train.cpus_per_worker=4", "train.log_every_steps=3",
             f"train.checkpoint_every_steps={CHECKPOINT_STEPS}", "train.keep_checkpoints=3", "train.max_failures=1000",
             "train.learning_rate=1e-3", "train.epsilon=1e-8", "train.collective_timeout_seconds=30",
         ]  # fmt: skip
@@ -147,6 +157,19 @@ class Run:
             assert time.monotonic() < deadline, f"step {step} did not come, only {found}\n{self.tail()}"
             time.sleep(0.2)
         return found
+
+    def wait_for_workers(self, workers: int) -> int:
+        """Waits for a new checkpoint of so many workers; returns its step."""
+        begun, folder = max(sound_steps(self.output / "checkpoints"), default=0), self.output / "checkpoints"
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while True:
+            assert self.driver.poll() is None, f"it ended before {workers} workers were there\n{self.tail()}"
+            assert time.monotonic() < deadline, f"no checkpoint of {workers} workers came\n{self.tail()}"
+            for step in sound_steps(folder)[::-1]:
+                commit = (folder / f"step-{step:08d}" / "commit.json").read_json()
+                if step > begun and commit["world_size"] == workers:
+                    return step
+            time.sleep(0.5)
 
     def losses(self) -> dict[int, float]:
         text = (self.output / "metrics.jsonl").read_bytes().decode()
@@ -208,24 +231,51 @@ def training_processes() -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
+def prepare_inputs(folder: Path, environment: dict[str, str], address: str) -> None:
+    """A small data set and a tokenizer in the store."""
+    make_sample_set(folder / "clips", num_clips=120)
+    command = [sys.executable, "-m", "beats_ray", "prepare", "esc50", str(folder / "clips"), "s3://beats/data"]
+    subprocess.run(command, cwd=ROOT, env=environment | {"RAY_ADDRESS": address}, check=True, timeout=300)
+    save_model(RandomProjectionTokenizer(), folder / "tokenizer")
+    open_place("s3://beats/tokenizer").upload(folder / "tokenizer")
+
+
+def test_workers_come_and_go_with_their_nodes_in_one_run(
+    tmp_path: Path, environment: tuple[dict[str, str], EmbeddedObjectStore], nodes: Nodes
+) -> None:
+    values, _ = environment
+    prepare_inputs(tmp_path, values, nodes.address)
+    steps = 300
+    run = Run("elastic", tmp_path, values, nodes.address, steps, workers="[1,2]")
+    run.start()
+    sizes = [(2, run.wait_for_workers(2))]
+    nodes.remove(0)
+    sizes.append((1, run.wait_for_workers(1)))
+    nodes.add()
+    sizes.append((2, run.wait_for_workers(2)))
+    print(f"workers and the first step of theirs that was saved: {sizes}", flush=True)
+    assert run.driver.wait(1200) == 0, run.tail()
+    undisturbed = Run("undisturbed", tmp_path, values, nodes.address, steps)
+    undisturbed.start()
+    assert undisturbed.driver.wait(1200) == 0, undisturbed.tail()
+    losses, expected = run.losses(), undisturbed.losses()
+    assert losses.keys() == expected.keys()
+    assert max(abs(losses[step] / expected[step] - 1) for step in expected) < 0.01
+
+
 def test_a_run_ends_as_if_there_had_been_no_faults(
     tmp_path: Path, environment: tuple[dict[str, str], EmbeddedObjectStore], nodes: Nodes
 ) -> None:
     values, store = environment
-    make_sample_set(tmp_path / "clips", num_clips=120)
-    command = [sys.executable, "-m", "beats_ray", "prepare", "esc50", str(tmp_path / "clips"), "s3://beats/data"]
-    subprocess.run(command, cwd=ROOT, env=values | {"RAY_ADDRESS": nodes.address}, check=True, timeout=300)
-    save_model(RandomProjectionTokenizer(), tmp_path / "tokenizer")
-    open_place("s3://beats/tokenizer").upload(tmp_path / "tokenizer")
-
-    undisturbed = Run("undisturbed", tmp_path, values, nodes.address)
+    prepare_inputs(tmp_path, values, nodes.address)
+    undisturbed = Run("undisturbed", tmp_path, values, nodes.address, STEPS)
     undisturbed.start()
     assert undisturbed.driver.wait(1200) == 0, undisturbed.tail()
 
     chance = random.Random(SEED)
     kinds = [KINDS[index % len(KINDS)] for index in range(NUM_FAULTS)]
     chance.shuffle(kinds)
-    run = Run("chaos", tmp_path, values, nodes.address)
+    run = Run("chaos", tmp_path, values, nodes.address, STEPS)
     run.start()
     rows = []
     for number, kind in enumerate(kinds):
