@@ -7,8 +7,8 @@ the field, the value, the rule and the remedy.
 
     config = load_config(PretrainConfig, "jobs/pretrain.yaml", ["train.steps=1000", "encoder.preset=tiny"])
 
-Paths are local or `s3://bucket/key`. Keys and endpoints of object stores never appear here: they come from the
-standard AWS environment variables.
+Paths are local, `s3://bucket/key` or `gs://bucket/key`. Keys and endpoints of object stores never appear here: they
+come from the environment variables that the stores' own programs read.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -382,7 +382,7 @@ class Job(Section):
     """What every command's config has."""
 
     output: Annotated[str, Field(min_length=1)]
-    """Where the job writes: a folder, local or s3://."""
+    """Where the job writes: a folder, local, s3:// or gs://."""
     ray: RaySettings = RaySettings()
 
 
@@ -393,7 +393,7 @@ class PrepareConfig(Job):
     """Layout of the source."""
     layout: LayoutSettings = LayoutSettings()
     source: Annotated[str, Field(min_length=1)]
-    """Folder of the raw clips, local or s3://."""
+    """Folder of the raw clips, local, s3:// or gs://."""
     data: PrepareSettings = PrepareSettings()
 
 

@@ -1,4 +1,4 @@
-"""`prepare`: raw clips of any format, local or on S3, to checked 16 kHz shards.
+"""`prepare`: raw clips of any format, local or in an object store, to checked 16 kHz shards.
 
     manifest = prepare(config, lambda done, total: print(done, total))
 
