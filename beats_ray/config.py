@@ -85,6 +85,8 @@ class PrepareSettings(Section):
     """What neighbouring clips of a longer recording share; with 0 it is cut into pieces of equal length."""
     file_timeout_seconds: PositiveFloat = 300.0
     """A file that takes longer to decode is quarantined."""
+    retry_seconds: PositiveFloat = 120.0
+    """How long a read or a write is tried again while the object store answers with errors or not at all."""
 
 
 class StreamSettings(Section):

@@ -229,7 +229,9 @@ def parquet_errors(place: Place) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:  # a broken page is an OSError too, one without a number
-            if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            if isinstance(error, OSError) and (
+                error.errno is not None or any(name in str(error) for name in ("AWS Error", "google::cloud"))
+            ):
                 raise
             _complain(place.name, " ".join(str(error).split()))
 

@@ -7,14 +7,16 @@ A `Place` is small and pickles, so it travels to Ray workers. Endpoints and keys
 `beats_ray.data.stores`. Every write is atomic: a reader sees the old content or the new, never half of it.
 """
 
+import io
 import json
+import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -24,6 +26,7 @@ from beats_ray.errors import UserError
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
+COPY_BYTES = 8 * 2**20
 KINDS_OF_PATH = "a local path, s3://bucket/key or gs://bucket/key"
 
 ResultT = TypeVar("ResultT")
@@ -110,28 +113,25 @@ class Place:
 
     def write_bytes(self, data: bytes) -> None:
         """Replaces the content atomically; missing parent folders are made."""
+        self.write_stream(io.BytesIO(data))
+
+    def write_stream(self, source: IO[bytes]) -> None:
+        """As `write_bytes`, with all that `source` holds, from its beginning, a part of it in memory at a time."""
+        source.seek(0)
         with storage_errors(self.uri, writing=True):
             if self.is_remote:
                 with self.filesystem.open_output_stream(self.path) as stream:
-                    stream.write(data)
+                    shutil.copyfileobj(source, stream, COPY_BYTES)
                 return
             target = Path(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
             try:
-                partial.write_bytes(data)
+                with partial.open("wb") as file:
+                    shutil.copyfileobj(source, file, COPY_BYTES)
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
-
-    @contextmanager
-    def open_output(self) -> Iterator[pa.NativeFile]:
-        """A stream that replaces the content as it goes: for files that count only once an index names them."""
-        with storage_errors(self.uri, writing=True):
-            if not self.is_remote:
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            with self.filesystem.open_output_stream(self.path) as stream:
-                yield stream
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -238,13 +238,22 @@ class StorageError(UserError, OSError):
 
 
 def with_retries(work: Callable[[], ResultT], seconds: float) -> ResultT:
-    """The result of `work`, repeated with growing pauses while storage fails in a way that passes, at most so long."""
-    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+    """The result of `work`, repeated with growing pauses while storage fails in a way that passes.
+
+    The last try begins at most so long after the first failure; how long `work` takes when it succeeds does not count.
+    """
+    from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
+
+    failures: list[float] = []
+
+    def out_of_time(_state: RetryCallState) -> bool:
+        failures.append(time.monotonic())
+        return failures[-1] - failures[0] >= seconds
 
     attempts = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.passing),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS),
-        stop=stop_after_delay(seconds),
+        stop=out_of_time,
         reraise=True,
     )
     return attempts(work)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from support.gcs_server import GcsServer
 
 from beats_ray.config import UserError
 from beats_ray.data import stores
-from beats_ray.data.storage import StorageError, open_place, read_table, storage_errors, write_table
+from beats_ray.data.storage import StorageError, open_place, read_table, storage_errors, with_retries, write_table
 from beats_ray.objectstore import EmbeddedObjectStore
 
 pytestmark = pytest.mark.unit
@@ -131,12 +132,16 @@ def test_upload_and_download_keep_the_tree(root: str, tmp_path: Path) -> None:
     }
 
 
-def test_open_output_writes_what_it_is_given(root: str) -> None:
+def test_a_stream_is_written_from_its_beginning(root: str, tmp_path: Path) -> None:
     place = open_place(root) / "new" / "stream"
-    with place.open_output() as stream:
-        stream.write(b"ab")
-        stream.write(b"c")
-    assert place.read_bytes() == b"abc"
+    data = bytes(range(256)) * (9 * 2**12)  # more than is in memory at a time
+    (tmp_path / "source").write_bytes(data)
+    with (tmp_path / "source").open("rb") as source:
+        source.read(5)
+        place.write_stream(source)
+        assert place.read_bytes() == data
+        place.write_stream(source)
+    assert place.read_bytes() == data
 
 
 def test_a_place_pickles_and_opens_its_own_connection(root: str) -> None:
@@ -152,11 +157,10 @@ def test_a_failed_local_write_keeps_the_old_content(tmp_path: Path, monkeypatch:
     place = open_place(str(tmp_path / "x"))
     place.write_bytes(b"old")
 
-    def full_disk(path: Path, data: bytes) -> int:
-        path.open("wb").close()
+    def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(shutil, "copyfileobj", full_disk)
     with pytest.raises(StorageError, match="x: No space left on device"):
         place.write_bytes(b"new")
     assert place.read_bytes() == b"old"
@@ -188,12 +192,8 @@ def test_relative_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.usefixtures("store", "gcs_server")
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_missing_bucket_is_named(scheme: str) -> None:
-    def write_stream() -> None:
-        with place.open_output() as stream:
-            stream.write(bytes(20 * 2**20))
-
     place = open_place(f"{scheme}://no-such-bucket/x")
-    for write in (lambda: place.write_bytes(b""), write_stream):
+    for write in (lambda: place.write_bytes(b""), lambda: place.write_bytes(bytes(20 * 2**20))):
         with pytest.raises(
             StorageError, match=f"{place.uri}: .* has no bucket of that name; create it first"
         ) as caught:
@@ -317,3 +317,22 @@ def test_a_file_of_gcs_that_lost_its_stream_is_asked_for_again() -> None:
     assert caught.value.passing
     with pytest.raises(ValueError, match=r"^I/O operation"), storage_errors("s3://beats/x"):
         raise ValueError("I/O operation on closed file")
+
+
+def test_time_is_counted_from_the_first_failure() -> None:
+    """A shard that took minutes to upload before it failed is uploaded again."""
+    passing = StorageError("cut")
+    passing.passing = True
+    tries: list[float] = []
+
+    def slow_and_cut() -> None:
+        tries.append(time.monotonic())
+        time.sleep(0.3)
+        raise passing
+
+    with pytest.raises(StorageError, match="cut"):
+        with_retries(slow_and_cut, 0.2)
+    assert len(tries) == 2
+    with pytest.raises(StorageError, match="cut"):
+        with_retries(slow_and_cut, 0.0)
+    assert len(tries) == 3
