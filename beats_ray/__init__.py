@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 def load(path: "str | os.PathLike[str]") -> "Module":
     """Returns the encoder, classifier or tokenizer at `path`, in eval mode, on the CPU.
 
-    path: a model folder of ours, a released `.pt` file, or an ESPnet checkpoint; local or s3://bucket/key. Remote ones
-    are kept in a cache on this machine.
+    path: a model folder of ours, a released `.pt` file, or an ESPnet checkpoint; local, s3:// or gs://. Remote
+    ones are kept in a cache on this machine.
     Raises ValueError naming what is wrong: nothing there, a damaged file, one with code in it, an unknown layout.
     """
     if "://" in str(path):

@@ -7,8 +7,8 @@ the field, the value, the rule and the remedy.
 
     config = load_config(PretrainConfig, "jobs/pretrain.yaml", ["train.steps=1000", "encoder.preset=tiny"])
 
-Paths are local or `s3://bucket/key`. Keys and endpoints of object stores never appear here: they come from the
-standard AWS environment variables.
+Paths are local, `s3://bucket/key` or `gs://bucket/key`. Keys and endpoints of object stores never appear here: they
+come from the environment variables that the stores' own programs read.
 """
 
 import math
@@ -89,6 +89,8 @@ class PrepareSettings(Section):
     """What neighbouring clips of a longer recording share; with 0 it is cut into pieces of equal length."""
     file_timeout_seconds: PositiveFloat = 300.0
     """A file that takes longer to decode is quarantined."""
+    retry_seconds: PositiveFloat = 120.0
+    """How long a read or a write is tried again while the object store answers with errors or not at all."""
 
 
 class StreamSettings(Section):
@@ -412,7 +414,7 @@ class Job(Section):
     """What every command's config has."""
 
     output: Annotated[str, Field(min_length=1)]
-    """Where the job writes: a folder, local or s3://."""
+    """Where the job writes: a folder, local, s3:// or gs://."""
     ray: RaySettings = RaySettings()
 
 
@@ -423,7 +425,7 @@ class PrepareConfig(Job):
     """Layout of the source."""
     layout: LayoutSettings = LayoutSettings()
     source: Annotated[str, Field(min_length=1)]
-    """Folder of the raw clips, local or s3://."""
+    """Folder of the raw clips, local, s3:// or gs://."""
     data: PrepareSettings = PrepareSettings()
 
 

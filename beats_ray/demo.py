@@ -115,7 +115,7 @@ def demo_settings(budget_minutes: float) -> dict[str, Any]:
 def run_demo(data: str | None, budget_minutes: float, output: str, overrides: list[str], console: Console) -> Written:
     """Runs the demo, or goes on with it, below the local folder `output`.
 
-    data: a folder in ESC-50's layout, local or s3://; a sample set is made where there is none.
+    data: a folder in ESC-50's layout, local, s3:// or gs://; a sample set is made where there is none.
     """
     from beats_ray.data.datasets.esc50 import check_layout
 
@@ -154,7 +154,7 @@ def _raw_clips(data: str | None, folder: Path, console: Console) -> Path:
     """The local folder of the raw clips; a sample set is made, remote clips are copied, once for each output folder."""
     from beats_ray.data.sample import make_sample_set
 
-    if data and not data.startswith("s3://"):
+    if data and not open_place(data).is_remote:
         return Path(data).absolute()
     raw, done = folder / "raw", folder / "raw.done"
     wanted = data or "sample clips"

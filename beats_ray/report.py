@@ -28,7 +28,7 @@ SECTIONS = (leaderboard, learning_curves, sweeps, codebooks, data_health, throug
 
 
 def write_report(run: str) -> list[tuple[str, str]]:
-    """Writes the report of the run at a local path or s3:// address; returns what was written and where.
+    """Writes the report of the run at a local path, s3:// or gs:// address; returns what was written and where.
 
     UserError where there is no run.
     """
@@ -52,7 +52,7 @@ def render(run: Run) -> str:
 
 
 def leaderboard_rows(run: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the leaderboard of the run at a local path or s3:// address, ready to print."""
+    """Columns and rows of the leaderboard of the run at a local path, s3:// or gs:// address, ready to print."""
     return COLUMNS, [leaderboard_cells(row) for row in read_run(open_place(run)).leaderboard()]
 
 

@@ -218,7 +218,7 @@ def _yaml_problem(error: Exception) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        if path.startswith("s3://"):
+        if "://" in path:
             from beats_ray.data.storage import open_place  # which imports this module
 
             values = _parse_yaml(open_place(path).read_bytes().decode())

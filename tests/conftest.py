@@ -7,7 +7,7 @@ import pytest
 KINDS = ("unit", "ray", "slow", "gpu")
 
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-for _name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+for _name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"):
     os.environ[_name] = os.devnull
 
 

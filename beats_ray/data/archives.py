@@ -1,4 +1,4 @@
-"""Files inside zip, tar and Parquet files, read where they lie: nothing is unpacked, and S3 serves ranges.
+"""Files inside zip, tar and Parquet files, read where they lie: nothing is unpacked, and object stores serve ranges.
 
     data = read_member(source, "ESC-50.zip!/ESC-50-master/audio/1-100032-A-0.wav")
     folder = open_zip(open_place("s3://bucket/ESC-50.zip"))      # a Place whose files are the archive's members
@@ -81,7 +81,7 @@ def open_zip(archive: Place) -> "ZipPlace":
 
 
 class ZipView:
-    """The members of a zip, in the two operations that a `Place` asks a file system for. Folders follow from names."""
+    """The members of a zip, in the two operations that a `ZipPlace` needs. Folders follow from names."""
 
     def __init__(self, archive: Place) -> None:
         members = {name: info for name, info in zip_members(archive).items() if not name.startswith("__MACOSX/")}
@@ -105,9 +105,9 @@ class ZipView:
         paths = [path for path in self._infos if path.startswith(below)]
         return [self._infos[path] for path in paths if asked.recursive or "/" not in path[len(below) :]]
 
-    def open_input_file(self, path: str) -> io.BytesIO:
+    def read(self, path: str) -> bytes:
         try:
-            return io.BytesIO(_read_zip(self.archive, self.top + path[len(self.archive.path) + 1 :]))
+            return _read_zip(self.archive, self.top + path[len(self.archive.path) + 1 :])
         except BadAudio as error:
             raise UserError(f"{self.archive.uri}: {error.detail}") from None
 
@@ -125,8 +125,8 @@ class ZipPlace(Place):
     def filesystem(self) -> ZipView:
         return self.view
 
-    def list(self, recursive: bool = False) -> list[Place]:
-        return [ZipPlace(place.uri, place.path, self.view) for place in super().list(recursive)]
+    def read_bytes(self) -> bytes:
+        return self.view.read(self.path)
 
 
 def _version(place: Place) -> tuple[int, int | None]:
@@ -186,7 +186,7 @@ def _read_zip(archive: Place, name: str) -> bytes:
 
 
 def _read_range(stream: pa.NativeFile, offset: int, length: int) -> bytes:
-    """What there is of a range: beyond the end, S3 would complain where a local file gives nothing."""
+    """What there is of a range: beyond the end, a store would complain where a local file gives nothing."""
     return bytes(stream.read_at(length, min(offset, stream.size())))
 
 
@@ -229,7 +229,9 @@ def parquet_errors(place: Place) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:  # a broken page is an OSError too, one without a number
-            if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            if isinstance(error, OSError) and (
+                error.errno is not None or any(name in str(error) for name in ("AWS Error", "google::cloud"))
+            ):
                 raise
             _complain(place.name, " ".join(str(error).split()))
 

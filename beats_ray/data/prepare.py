@@ -1,4 +1,4 @@
-"""`prepare`: raw clips of any format, local or on S3, to checked 16 kHz shards.
+"""`prepare`: raw clips of any format, local or in an object store, to checked 16 kHz shards.
 
     manifest = prepare(config, lambda done, total: print(done, total))
 
@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
@@ -47,7 +48,7 @@ from beats_ray.data.source import (
     source_root,
     undecodable_files,
 )
-from beats_ray.data.storage import Place, StorageError, existing_place, open_place, write_table
+from beats_ray.data.storage import Place, StorageError, existing_place, open_place, with_retries, write_table
 
 READERS: dict[str, Reader] = {
     "esc50": in_zip_too(read_esc50),
@@ -84,7 +85,8 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     written but the list of quarantined files, where the source is worse than allowed.
     """
     source, output = open_place(config.source), open_place(config.output)
-    finished = _finished(config, source, output)
+    insist = partial(with_retries, seconds=config.data.retry_seconds)
+    finished = insist(lambda: _finished(config, source, output))
     if finished:
         return finished
     if config.data.max_clip_seconds * SAMPLE_RATE_HZ < 2 * MIN_SAMPLES:  # pieces may be half as long
@@ -97,10 +99,10 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
             f"data.overlap_seconds={config.data.overlap_seconds:g}: must be at most half of data.max_clip_seconds="
             f"{config.data.max_clip_seconds:g}; lower it"
         )
-    listing = READERS[config.kind](source, config.layout)
+    listing = insist(lambda: READERS[config.kind](source, config.layout))
     listing.quarantined += undecodable_files(source)
-    _check_quarantine(config, output, listing.num_files, listing.quarantined)
-    plans = plan_shards(config, source_root(source), output, listing.clips)
+    insist(lambda: _check_quarantine(config, output, listing.num_files, listing.quarantined))
+    plans = plan_shards(config, insist(lambda: source_root(source)), output, listing.clips)
     results = _finished_shards(plans)
     done = len(listing.quarantined) + sum(result.num_files for result in results.values())
     on_progress(done, listing.num_files)
@@ -110,18 +112,32 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
         on_progress(done, listing.num_files)
     ordered = [results[index] for index in range(len(plans))]
     quarantined = listing.quarantined + [bad for result in ordered for bad in result.quarantined]
-    _check_quarantine(config, output, listing.num_files, quarantined)
+    insist(lambda: _check_quarantine(config, output, listing.num_files, quarantined))
     manifest = _manifest(config, source, listing, ordered, len(quarantined))
-    _delete_others(output / "shards", {shard.file for shard in manifest.shards})
-    _delete_others(output / "index", {plan.index.name for plan in plans})
-    write_table(output / "quarantine.parquet", _quarantine_table(quarantined))
-    write_table(output / "skipped.parquet", _quarantine_table(listing.skipped))
-    (output / "dataset.json").write_json(manifest.model_dump(mode="json"))
+    insist(lambda: _publish(output, manifest, plans, quarantined, listing.skipped))
     return manifest
 
 
+def _publish(
+    output: Place,
+    manifest: DatasetManifest,
+    plans: list[ShardPlan],
+    quarantined: list[Quarantined],
+    skipped: list[Quarantined],
+) -> None:
+    """Everything but the shards and their index; `dataset.json` last."""
+    _delete_others(output / "shards", {shard.file for shard in manifest.shards})
+    _delete_others(output / "index", {plan.index.name for plan in plans})
+    write_table(output / "quarantine.parquet", _quarantine_table(quarantined))
+    write_table(output / "skipped.parquet", _quarantine_table(skipped))
+    (output / "dataset.json").write_json(manifest.model_dump(mode="json"))
+
+
 def check_source(config: PrepareConfig) -> None:
-    """UserError for a source that is not there, empty or plainly not of this kind: what needs no cluster to see."""
+    """UserError for a source that is not there, empty or plainly not of this kind: what needs no cluster to see.
+
+    Nothing is tried again: a store that does not answer the first question is most often a mistake in its address.
+    """
     source = existing_place("source", config.source)
     if source.is_dir():
         require_folder(source)
@@ -161,6 +177,7 @@ def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list
             max_clip_seconds=config.data.max_clip_seconds,
             overlap_seconds=config.data.overlap_seconds,
             file_timeout_seconds=config.data.file_timeout_seconds,
+            retry_seconds=config.data.retry_seconds,
         )
         for index, shard in enumerate(shards)
     ]
@@ -178,8 +195,8 @@ def _prepared_bytes(clip: SourceClip) -> float:
 
 
 def _settings(config: PrepareConfig) -> dict[str, str | int | float]:
-    """What the bytes depend on; the tolerance for bad and slow files is not among it."""
-    settings = config.data.model_dump(exclude={"max_bad_clip_fraction", "file_timeout_seconds"})
+    """What the bytes depend on; the tolerance for bad and slow files and for failing storage is not."""
+    settings = config.data.model_dump(exclude={"max_bad_clip_fraction", "file_timeout_seconds", "retry_seconds"})
     changed = config.layout.model_dump(mode="json", exclude_defaults=True)
     return {"kind": config.kind} | settings | {f"layout.{name}": str(value) for name, value in changed.items()}
 
@@ -202,7 +219,7 @@ def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetMan
 def _finished_shards(plans: list[ShardPlan]) -> dict[int, ShardResult]:
     """What an earlier run that was stopped has done already."""
     with ThreadPoolExecutor(THREADS) as threads:
-        found = threads.map(finished_result, plans)
+        found = threads.map(lambda plan: with_retries(lambda: finished_result(plan), plan.retry_seconds), plans)
         return {index: result for index, result in enumerate(found) if result is not None}
 
 

@@ -1,6 +1,7 @@
 """One task of `prepare`: reads, decodes and checks a run of source files and writes one shard of them.
 
-Runs on the cluster. It holds a row group and a handful of source files in memory, whatever the size of the shard.
+Runs on the cluster. It holds a row group and a handful of source files in memory, whatever the size of the shard: the
+shard grows in a temporary file and goes to storage whole, so that an upload that fails can begin again.
 
 After the shard comes its index, `index/NNNNN.parquet`: a row for each clip with the source file it is from, and in the
 file's metadata everything that the task has to report. A shard with an index is done: a prepare that was killed goes on
@@ -9,9 +10,11 @@ with the others, and `beats-ray prepare --verify` accounts for every source file
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +25,7 @@ from beats_ray.data.decode import BadAudio, WaveInt16, decode_clip, encode_flac
 from beats_ray.data.manifest import RowGroup, Shard
 from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.source import Quarantined, SourceClip
-from beats_ray.data.storage import Place, storage_errors, write_table
+from beats_ray.data.storage import Place, storage_errors, with_retries, write_table
 
 SCHEMA = pa.schema(
     [
@@ -59,6 +62,7 @@ class ShardPlan:
     max_clip_seconds: float
     overlap_seconds: float = 0.0
     file_timeout_seconds: float | None = None
+    retry_seconds: float = 0.0
 
     @property
     def fingerprint(self) -> str:
@@ -156,8 +160,8 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     result = ShardResult(None, plan.num_files)
     row_groups: list[RowGroup] = []
     index: list[dict[str, object]] = []
-    with plan.target.open_output() as stream:
-        sink = _HashingSink(stream)
+    with tempfile.TemporaryFile() as spool:
+        sink = _HashingSink(spool)
         with pq.ParquetWriter(
             pa.PythonFile(sink, mode="w"),
             SCHEMA,
@@ -172,14 +176,16 @@ def write_shard(plan: ShardPlan) -> ShardResult:
                     for row, source in zip(rows, sources, strict=True)
                 ]
                 row_groups.append(RowGroup(clips=len(rows), fold=rows[0]["fold"], split=rows[0]["split"]))
+        if row_groups:
+            with_retries(lambda: plan.target.write_stream(spool), plan.retry_seconds)
+        else:
+            with_retries(plan.target.delete, plan.retry_seconds)
     if row_groups:
         result.shard = Shard(
             file=plan.target.name, sha256=sink.sha256.hexdigest(), bytes=sink.bytes, row_groups=tuple(row_groups)
         )
-    else:
-        plan.target.delete()
     schema = INDEX_SCHEMA.with_metadata({REPORT_KEY: result.to_json(plan.fingerprint)})
-    write_table(plan.index, pa.Table.from_pylist(index, schema))
+    with_retries(lambda: write_table(plan.index, pa.Table.from_pylist(index, schema)), plan.retry_seconds)
     return result
 
 
@@ -190,7 +196,7 @@ _OTHER_COLUMNS = ["clip_id", "num_samples", "labels.list.element", "fold", "spli
 class _HashingSink:
     """The file-like object that Parquet is written through, so that the checksum needs no second reading."""
 
-    def __init__(self, stream: pa.NativeFile) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.sha256 = hashlib.sha256()
         self.bytes = 0
         self.closed = False
@@ -259,7 +265,7 @@ def _decoded(
     with ThreadPoolExecutor(FILES_IN_FLIGHT) as threads:
         for start in range(0, len(clips), FILES_IN_FLIGHT):
             batch = clips[start : start + FILES_IN_FLIGHT]
-            for clip, data in zip(batch, threads.map(lambda clip: _read(plan.source, clip), batch), strict=True):
+            for clip, data in zip(batch, threads.map(lambda clip: _read(plan, clip), batch), strict=True):
                 if isinstance(data, Quarantined):
                     quarantined.append(data)
                     continue
@@ -269,9 +275,9 @@ def _decoded(
                     quarantined.append(Quarantined(clip.path, error.reason, error.detail, len(data)))
 
 
-def _read(source: Place, clip: SourceClip) -> bytes | Quarantined:
+def _read(plan: ShardPlan, clip: SourceClip) -> bytes | Quarantined:
     try:
-        return read_member(source, clip.path)
+        return with_retries(lambda: read_member(plan.source, clip.path), plan.retry_seconds)
     except FileNotFoundError:
         return Quarantined(clip.path, "missing-file", "gone since the folder was listed")
     except BadAudio as error:

@@ -110,7 +110,7 @@ def in_zip_too(reader: Reader) -> Reader:
 def require_folder(source: Place) -> None:
     """UserError unless `source` is a folder with something in it."""
     if not source.exists():
-        raise UserError(f"source={source.uri}: does not exist; give a folder of audio clips, local or s3://")
+        raise UserError(f"source={source.uri}: does not exist; give a folder of audio clips, local, s3:// or gs://")
     if not source.is_dir():
         raise UserError(f"source={source.uri}: is a file; give the folder that holds the clips, or a .zip of it")
     if not source.list():

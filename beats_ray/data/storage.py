@@ -1,31 +1,33 @@
-"""The one place that opens file systems: local folders and `s3://` behind the same few operations.
+"""The one place that opens file systems: local folders, `s3://` and `gs://` behind the same few operations.
 
     place = open_place("s3://bucket/runs/a")        # or "runs/a"
     (place / "run.json").write_json({"done": True})
 
-A `Place` is small and pickles, so it travels to Ray workers. Endpoint and keys of S3 come from the standard AWS
-environment variables. Every write is atomic: a reader sees the old content or the new, never half of it.
+A `Place` is small and pickles, so it travels to Ray workers. Endpoints and keys come from the environment, see
+`beats_ray.data.stores`. Every write is atomic: a reader sees the old content or the new, never half of it.
 """
 
+import io
 import json
-import os
+import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
+from beats_ray.data.stores import STORES, open_file, store_of
 from beats_ray.errors import UserError
 
-CONNECT_TIMEOUT_SECONDS = 10.0
-REQUEST_TIMEOUT_SECONDS = 60.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
+COPY_BYTES = 8 * 2**20
+KINDS_OF_PATH = "a local path, s3://bucket/key or gs://bucket/key"
 
 ResultT = TypeVar("ResultT")
 
@@ -35,7 +37,7 @@ class Place:
     """A file or folder on some storage, whether or not it exists."""
 
     uri: str
-    """What the user would write: `s3://bucket/key`, or an absolute local path."""
+    """What the user would write: `s3://bucket/key`, `gs://bucket/key`, or an absolute local path."""
     path: str = field(repr=False)
     """The same without its scheme: what `filesystem` takes."""
 
@@ -45,31 +47,21 @@ class Place:
     @cached_property
     def filesystem(self) -> fs.FileSystem:
         """The pyarrow file system that `path` belongs to."""
-        return _s3_file_system(*_s3_environment(), _s3_keys()) if self.is_remote else fs.LocalFileSystem()
+        store = store_of(self.uri)
+        return store.open() if store else fs.LocalFileSystem()
 
     @cached_property
     def keyless_filesystem(self) -> fs.FileSystem:
-        """The same storage for Ray's own bookkeeping: making a folder there writes nothing.
-
-        pyarrow marks every folder that Ray makes by an object with a trailing slash, which not every S3 server takes.
-        """
-        if not self.is_remote:
-            return self.filesystem
-        import s3fs
-
-        endpoint, region, anonymous = _s3_environment()
-        client = {"region_name": region} if region else {}
-        remote = s3fs.S3FileSystem(
-            anon=anonymous, endpoint_url=endpoint, client_kwargs=client, skip_instance_cache=True
-        )
-        return fs.PyFileSystem(fs.FSSpecHandler(remote))
+        """The same storage for Ray's own bookkeeping: on S3, making a folder there writes nothing."""
+        store = store_of(self.uri)
+        return store.open_for_ray() if store else self.filesystem
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri, "path": self.path}  # the receiving process opens its own connection
 
     @property
     def is_remote(self) -> bool:
-        return self.uri.startswith("s3://")
+        return store_of(self.uri) is not None
 
     @property
     def name(self) -> str:
@@ -91,11 +83,16 @@ class Place:
 
     def list(self, recursive: bool = False) -> "list[Place]":
         """What lies directly below (or anywhere below), sorted; empty where the folder does not exist."""
-        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        store = store_of(self.uri)
+        everything = recursive or (store is not None and not store.lists_folders)
+        selector = fs.FileSelector(self.path, recursive=everything, allow_not_found=True)
         with storage_errors(self.uri):
             infos = self.filesystem.get_file_info(selector)
-        paths = sorted(info.path for info in infos)
-        return [Place(self.uri + path[len(self.path) :], path) for path in paths]
+        names = set()
+        for info in infos:
+            parts = info.path[len(self.path) + 1 :].split("/")
+            names |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1 if recursive else 2)}
+        return [self / name for name in sorted(names)]
 
     def sizes(self, recursive: bool = False) -> dict[str, int]:
         """Names below this folder and sizes in bytes of the files directly (or anywhere) below, sorted by name.
@@ -110,36 +107,31 @@ class Place:
 
     def read_bytes(self) -> bytes:
         """The whole content. FileNotFoundError where there is none."""
-        with storage_errors(self.uri), self.filesystem.open_input_file(self.path) as stream:
+        store = store_of(self.uri)
+        with storage_errors(self.uri), (store.open_whole if store else open_file)(self.filesystem, self.path) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, data: bytes) -> None:
         """Replaces the content atomically; missing parent folders are made."""
-        with storage_errors(self.uri):
+        self.write_stream(io.BytesIO(data))
+
+    def write_stream(self, source: IO[bytes]) -> None:
+        """As `write_bytes`, with all that `source` holds, from its beginning, a part of it in memory at a time."""
+        source.seek(0)
+        with storage_errors(self.uri, writing=True):
             if self.is_remote:
-                self._make_bucket()
                 with self.filesystem.open_output_stream(self.path) as stream:
-                    stream.write(data)
+                    shutil.copyfileobj(source, stream, COPY_BYTES)
                 return
             target = Path(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
             try:
-                partial.write_bytes(data)
+                with partial.open("wb") as file:
+                    shutil.copyfileobj(source, file, COPY_BYTES)
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
-
-    @contextmanager
-    def open_output(self) -> Iterator[pa.NativeFile]:
-        """A stream that replaces the content as it goes: for files that count only once an index names them."""
-        with storage_errors(self.uri):
-            if self.is_remote:
-                self._make_bucket()
-            else:
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            with self.filesystem.open_output_stream(self.path) as stream:
-                yield stream
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -153,8 +145,9 @@ class Place:
             kind = self._info().type
             if kind == fs.FileType.NotFound:
                 return
-            if self.is_remote:
-                _delete_objects(self.path)
+            store = store_of(self.uri)
+            if store:
+                store.delete(self.path)
             elif kind == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
             else:
@@ -181,11 +174,6 @@ class Place:
         with storage_errors(self.uri):
             return self.filesystem.get_file_info(self.path)
 
-    def _make_bucket(self) -> None:
-        bucket = self.path.split("/", 1)[0]
-        if self.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise UserError(f"{self.uri}: bucket {bucket!r} does not exist; create it first")
-
 
 def existing_place(field: str, uri: str) -> Place:
     """As `open_place`. UserError naming the field where there is nothing."""
@@ -198,44 +186,44 @@ def existing_place(field: str, uri: str) -> Place:
 def open_place(uri: str) -> Place:
     """The place that a user's path names. UserError for a scheme that is not supported and for an empty path."""
     if not uri:
-        raise UserError("a path is empty; give a local path or s3://bucket/key")
-    if uri.startswith("s3://"):
-        path = uri.removeprefix("s3://").strip("/")
+        raise UserError(f"a path is empty; give {KINDS_OF_PATH}")
+    scheme, separator, path = uri.partition("://")
+    if scheme in STORES and separator:
+        path = path.strip("/")
         if not path:
-            raise UserError(f"{uri}: names no bucket; give s3://bucket/key")
-        return Place(f"s3://{path}", path)
-    if "://" in uri:
-        raise UserError(f"{uri}: unknown scheme; give a local path or s3://bucket/key")
+            raise UserError(f"{uri}: names no bucket; give {scheme}://bucket/key")
+        return Place(f"{scheme}://{path}", path)
+    if separator:
+        raise UserError(f"{uri}: unknown scheme; give {KINDS_OF_PATH}")
     path = str(Path(uri).expanduser().absolute())
     return Place(path, path)
 
 
 class storage_errors:
-    """Turns an unreachable or refusing object store into one line; a missing file stays FileNotFoundError."""
+    """Turns an unreachable or refusing object store into one line; a missing file stays FileNotFoundError.
 
-    def __init__(self, uri: str) -> None:
+    `writing`: an object store has no missing files, but may miss the bucket, or an upload that it has begun.
+    """
+
+    def __init__(self, uri: str, writing: bool = False) -> None:
         self.uri = uri
+        self.writing = writing
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, OSError) or isinstance(error, (FileNotFoundError, StorageError)):
+        store = store_of(self.uri)
+        failed = isinstance(error, OSError) or (store is not None and error is not None and store.is_failure(error))
+        if not failed or isinstance(error, StorageError):
             return
-        if not self.uri.startswith("s3://"):
-            raise StorageError(f"{self.uri}: {error.strerror or ' '.join(str(error).split())}") from error
-        endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        if isinstance(error, FileNotFoundError) and not (store and self.writing):
+            return
         text = " ".join(str(error).split())
-        passing = False
-        if "ACCESS_DENIED" in text or "ACCESS_KEY" in text or "HTTP status 403" in text or "SIGNATURE" in text.upper():
-            reason = "refused the request; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        elif "HTTP status 400" in text:  # what a request without keys, or with another region's, gets
-            reason = "refused the request; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
-        elif "NETWORK_CONNECTION" in text or "onnect" in text:
-            reason, passing = "cannot be reached; check AWS_ENDPOINT_URL and that the store runs", True
-        else:
-            reason, passing = text[:300], True
-        failure = StorageError(f"{self.uri}: object store at {endpoint} {reason}")
+        if not store:
+            raise StorageError(f"{self.uri}: {getattr(error, 'strerror', None) or text}") from error
+        reason, passing = store.explain(text)
+        failure = StorageError(f"{self.uri}: object store at {store.endpoint()} {reason}")
         failure.passing = passing
         raise failure from error
 
@@ -250,72 +238,25 @@ class StorageError(UserError, OSError):
 
 
 def with_retries(work: Callable[[], ResultT], seconds: float) -> ResultT:
-    """The result of `work`, repeated with growing pauses while storage fails in a way that passes, at most so long."""
-    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+    """The result of `work`, repeated with growing pauses while storage fails in a way that passes.
+
+    The last try begins at most so long after the first failure; how long `work` takes when it succeeds does not count.
+    """
+    from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
+
+    failures: list[float] = []
+
+    def out_of_time(_state: RetryCallState) -> bool:
+        failures.append(time.monotonic())
+        return failures[-1] - failures[0] >= seconds
 
     attempts = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, StorageError) and error.passing),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS),
-        stop=stop_after_delay(seconds),
+        stop=out_of_time,
         reraise=True,
     )
     return attempts(work)
-
-
-def _s3_environment() -> tuple[str | None, str | None, bool]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return endpoint, region, os.environ.get("AWS_S3_ANONYMOUS", "") == "1"
-
-
-def _s3_keys() -> int:
-    return hash(
-        tuple(os.environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
-    )
-
-
-@lru_cache(maxsize=8)
-def _s3_file_system(endpoint: str | None, region: str | None, anonymous: bool, _keys: int) -> fs.S3FileSystem:
-    if endpoint:  # servers other than AWS rarely take the newer trailing checksums
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    return fs.S3FileSystem(
-        endpoint_override=endpoint,
-        region=region or ("us-east-1" if endpoint else None),
-        anonymous=anonymous,
-        connect_timeout=CONNECT_TIMEOUT_SECONDS,
-        request_timeout=REQUEST_TIMEOUT_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
-        allow_delayed_open=True,  # one request, not three, for a small object
-    )
-
-
-def _delete_objects(path: str) -> None:
-    """Deletes `bucket/key` and everything below it.
-
-    Not through pyarrow: it puts an object in the place of the parent folder afterwards, which `rclone serve s3`
-    refuses, ten seconds later.
-    """
-    import botocore.session
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, _, key = path.partition("/")
-    endpoint, region, _ = _s3_environment()
-    try:
-        client = botocore.session.get_session().create_client(
-            "s3", region_name=region or "us-east-1", endpoint_url=endpoint
-        )
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        for page in pages:
-            keys = [item["Key"] for item in page.get("Contents", ())]
-            wanted = [{"Key": name} for name in keys if not key or name == key or name.startswith(f"{key}/")]
-            if not wanted:
-                continue
-            failed = client.delete_objects(Bucket=bucket, Delete={"Objects": wanted, "Quiet": True}).get("Errors")
-            if failed:
-                raise OSError(f"cannot delete {failed[0]['Key']}: {failed[0].get('Message', 'no reason given')}")
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
 
 
 def read_table(place: Place, columns: list[str] | None = None) -> pa.Table:

@@ -126,10 +126,11 @@ def loading(run: Run) -> Section:
         return section
     folder = f"{run.place.uri}/iteration-{newest}"
     remote = run.place.is_remote
+    copy = "gcloud storage cp --recursive" if run.place.uri.startswith("gs://") else "aws s3 cp --recursive"
     where = "encoder" if remote else f"{folder}/pretrain/model"
     python = (
         "from beats_ray.models import compute_fbank, load_model, normalise_fbank\n\n"
-        + (f"# first: aws s3 cp --recursive {folder}/pretrain/model encoder\n" if remote else "")
+        + (f"# first: {copy} {folder}/pretrain/model encoder\n" if remote else "")
         + f'encoder = load_model("{where}")\n'
         "fbank, frames = compute_fbank(wave)              # (clips, samples) at 16 kHz, int16 or float in [-1, 1]\n"
         "fbank = normalise_fbank(fbank, encoder.config.fbank_mean, encoder.config.fbank_std, frames)\n"

@@ -139,7 +139,7 @@ class Run:
 
 
 def leaderboard_rows(run: str) -> list[LeaderboardRow]:
-    """The leaderboard of the run at a local path or s3:// address. UserError where there is no run."""
+    """The leaderboard of the run at a local path, s3:// or gs:// address. UserError where there is no run."""
     return read_run(open_place(run)).leaderboard()
 
 

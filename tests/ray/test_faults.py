@@ -23,6 +23,7 @@ pytestmark = pytest.mark.ray
 
 NUM_CLIPS = 800
 GLOBAL_BATCH = 16
+OUTAGE_SECONDS = 15.0  # pyarrow alone gives up after some 10
 SETTINGS = StreamSettings(clip_seconds=0.5, shuffle_window_clips=32, retry_seconds=60.0)
 
 
@@ -62,6 +63,39 @@ def dataset(cluster: None, proxy: FaultProxy, raw: Path) -> str:
     prepare(load_config(PrepareConfig, None, settings, source=str(raw), output="s3://beats/data"), lambda *_: None)
     proxy.rates = FaultRates()
     return "s3://beats/data"
+
+
+def test_prepare_outlives_faults_and_an_outage_with_the_same_bytes(proxy: FaultProxy, raw: Path) -> None:
+    open_place("s3://beats/raw").upload(raw)
+    settings = ["data.row_group_clips=8", "data.shard_mib=0.5", "data.retry_seconds=60"]
+    faulty = FaultRates(errors=0.10, cuts=0.05)
+
+    def fail_for_a_while() -> None:
+        while proxy.counts["requests"] < 300:  # of some 2,000: clips are being read, and shards written
+            time.sleep(0.05)
+        proxy.rates = FaultRates(errors=1.0)
+        time.sleep(OUTAGE_SECONDS)
+        proxy.rates = faulty
+
+    outage = threading.Thread(target=fail_for_a_while, daemon=True)
+    for name in ("sound", "faulty"):
+        proxy.counts.clear()
+        if name == "faulty":
+            proxy.rates = faulty
+            outage.start()
+        config = load_config(PrepareConfig, None, settings, source="s3://beats/raw", output=f"s3://beats/{name}")
+        assert prepare(config, lambda *_: None).clips == NUM_CLIPS
+    outage.join()
+    proxy.rates = FaultRates()
+    print(f"faults of one prepare: {dict(proxy.counts)}")
+    assert proxy.counts["errors"] >= 100
+    assert proxy.counts["cuts"] >= 20
+    sound, faulty_output = open_place("s3://beats/sound"), open_place("s3://beats/faulty")
+    names = sound.sizes(recursive=True)
+    assert faulty_output.sizes(recursive=True) == names
+    assert len(names) >= 2 * 16 + 3
+    for name in names:
+        assert (faulty_output / name).read_bytes() == (sound / name).read_bytes(), name
 
 
 def clips_of_one_epoch(dataset: str) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that makes mistakes, from a seed."""
+"""An HTTP proxy in front of an object store that makes mistakes, from a seed."""
 
 import http.client
 import random
@@ -27,10 +27,17 @@ class FaultRates:
 class FaultProxy:
     """Forwards requests unchanged (signatures stay valid) to wherever `upstream` says the server is now."""
 
-    def __init__(self, upstream: Callable[[], str], rates: FaultRates, seed: int = 0) -> None:
+    def __init__(
+        self,
+        upstream: Callable[[], str],
+        rates: FaultRates,
+        seed: int = 0,
+        error_statuses: tuple[int, ...] = (500, 503),
+    ) -> None:
         self.rates = rates
         self.counts: Counter[str] = Counter()
         self._upstream = upstream
+        self._error_statuses = error_statuses
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         proxy = self
@@ -65,7 +72,7 @@ class FaultProxy:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         with self._lock:
-            draw, status = self._random.random(), self._random.choice((500, 503))
+            draw, status = self._random.random(), self._random.choice(self._error_statuses)
             self.counts["requests"] += 1
         if draw < self.rates.errors:
             self._count("errors")

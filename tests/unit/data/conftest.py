@@ -1,9 +1,10 @@
-"""A real object store for the tests of this folder."""
+"""Real object stores for the tests of this folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.gcs_server import BUCKET, GcsServer
 
 from beats_ray.objectstore import EmbeddedObjectStore
 
@@ -23,10 +24,27 @@ def store(running_store: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch) -
     return running_store
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(scope="module")
+def running_gcs_server() -> Iterator[GcsServer]:
+    with GcsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs_server(running_gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> GcsServer:
+    """A server for `gs://`, with the environment that lets this process use it."""
+    for name, value in running_gcs_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return running_gcs_server
+
+
+@pytest.fixture(params=["local", "s3", "gs"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty folder on each kind of storage."""
     if request.param == "local":
         return str(tmp_path / "root")
+    if request.param == "gs":
+        request.getfixturevalue("gcs_server")
+        return f"gs://{BUCKET}/{tmp_path.name}"
     request.getfixturevalue("store")
     return f"s3://beats/{tmp_path.name}"
