@@ -66,11 +66,15 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
 
 
 def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
-    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and the data pipeline need."""
+    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and the data pipeline need.
+
+    A stream that must wait for data nodes is only warned of: an autoscaler may start them.
+    """
     import ray
 
-    from beats_ray.data.stream import required_cpus
+    from beats_ray.data.stream import required_cpus, warn_without_data_nodes
 
+    warn_without_data_nodes(data)
     total = ray.cluster_resources()
     reading = required_cpus(data)
     workers = settings.min_workers

@@ -13,6 +13,7 @@ block costs Ray the same time whatever its size, so a block holds as many micro-
                            dataset_config=DataConfig(execution_options=execution_options(settings, num_workers)))
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -45,6 +46,8 @@ __all__ = [
     "read_alone",
     "required_cpus",
 ]
+
+logger = logging.getLogger(__name__)
 
 DATA_NODE_LABELS = {"beats-ray/role": "data"}
 """Label of the nodes of a cluster that read and decode and do not train."""
@@ -200,6 +203,7 @@ def example_spec(
 
 def read_windows(reader: WindowReader, settings: StreamSettings, start: int, stop: int) -> "Dataset":
     """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order."""
+    warn_without_data_nodes(settings)
     source = PlanSource(reader, start, stop)
     rows = ray.data.read_datasource(
         source,
@@ -241,9 +245,22 @@ def data_node_labels(settings: StreamSettings) -> dict[str, str]:
         return {}
     if settings.placement == "data-nodes":
         return dict(DATA_NODE_LABELS)
-    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    matching = [node for node in nodes if DATA_NODE_LABELS.items() <= (node.get("Labels") or {}).items()]
-    return dict(DATA_NODE_LABELS) if matching else {}
+    return dict(DATA_NODE_LABELS) if ray.is_initialized() and _has_data_nodes() else {}
+
+
+def warn_without_data_nodes(settings: StreamSettings) -> None:
+    """Logs what a stream waits for that must run on data nodes while the cluster has none: Ray itself says nothing."""
+    if settings.placement == "data-nodes" and ray.is_initialized() and not _has_data_nodes():
+        name, value = next(iter(DATA_NODE_LABELS.items()))
+        logger.warning(
+            "data.placement=data-nodes: no node of the cluster has the label %s=%s; reading waits until one joins "
+            "(an autoscaler may start it); give a node that label, or set data.placement=anywhere", name, value
+        )  # fmt: skip
+
+
+def _has_data_nodes() -> bool:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return any(DATA_NODE_LABELS.items() <= (node.get("Labels") or {}).items() for node in nodes)
 
 
 def _placement(settings: StreamSettings) -> dict[str, Any]:
