@@ -1,4 +1,4 @@
-# make demo [DATA=DIR|s3://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
+# make demo [DATA=DIR|s3://...|gs://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
 # make test | test-slow | test-gpu [PYTHON=...] | check         tests and checks
 # Every target makes .venv by itself, from the exact pins of constraints.txt, and again only when those change.
 

@@ -114,8 +114,8 @@ class _Group(click.Group):
 def cli(context: click.Context) -> None:
     """Pre-train BEATs audio encoders and fine-tune them on a Ray cluster.
 
-    Every command takes settings as a YAML file, as section.field=value, or both. Paths are local or s3://bucket/key;
-    endpoint and keys of the object store come from the standard AWS environment variables.
+    Every command takes settings as a YAML file, as section.field=value, or both. Paths are local, s3://bucket/key or
+    gs://bucket/key; endpoint and keys of the object store come from the standard AWS or Google environment variables.
     """
     if context.invoked_subcommand is None:
         raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
@@ -173,7 +173,7 @@ def _dry_run(kind: type[Job], path: str | None, overrides: list[str]) -> int:
 
 @cli.command(epilog="Settings of the run, as in `iterate`: pretrain.train.steps=200, sweep.num_trials=4, ...")
 @click.argument("overrides", metavar="[section.field=value ...]", nargs=-1)
-@click.option("--data", metavar="DIR|s3://...", help="Folder in ESC-50's layout; without it, sample clips are made.")
+@click.option("--data", metavar="DIR|s3://...|gs://...", help="Folder in ESC-50's layout; without it, sample clips.")
 @click.option("--budget", metavar="MIN", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True,
               help="Minutes that the run is scaled to.")  # fmt: skip
 @click.option("--output", metavar="DIR", default="runs/demo", show_default=True, help="Folder of the run.")

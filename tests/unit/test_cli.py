@@ -46,7 +46,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["pretrain", "a.yaml", "b.yaml"], "takes one config file"),
     (["pretrain", "output=o"], "data.path: missing"),
     (["pretrain", "output=o", "data.path=/nowhere"], "/nowhere: not a prepared data set"),
-    (["tokenize", "output=o", "data.path=gs://x"], "gs://x: unknown scheme"),
+    (["tokenize", "output=o", "data.path=ftp://x"], "ftp://x: unknown scheme"),
     (["prepare", "esc50"], "prepare takes KIND SRC DST"),
     (["prepare", "esc5", "/nowhere", "o"], "kind='esc5'"),
     (["prepare", "esc50", "/nowhere", "o"], "source=/nowhere: does not exist"),
