@@ -65,6 +65,7 @@ def dataset(cluster: None, proxy: FaultProxy, raw: Path) -> str:
     return "s3://beats/data"
 
 
+@pytest.mark.slow
 def test_prepare_outlives_faults_and_an_outage_with_the_same_bytes(proxy: FaultProxy, raw: Path) -> None:
     open_place("s3://beats/raw").upload(raw)
     settings = ["data.row_group_clips=8", "data.shard_mib=0.5", "data.retry_seconds=60"]

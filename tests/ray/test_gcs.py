@@ -48,6 +48,7 @@ def test_clips_in_a_bucket_become_a_data_set_in_a_bucket_that_streams(tmp_path: 
     assert len(set(seen)) == len(seen) == NUM_CLIPS
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_its_trials_there_and_is_restored_from_there() -> None:
     from ray import tune
 

@@ -137,6 +137,7 @@ def test_auto_reads_and_decodes_on_the_data_nodes_alone(
     assert "beats-ray/role" not in caplog.text
 
 
+@pytest.mark.slow
 def test_data_nodes_that_are_missing_are_named_and_waited_for(
     dataset: Place, trace: Trace, add_data_node: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:

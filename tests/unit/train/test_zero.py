@@ -21,7 +21,7 @@ def test_a_hundred_losses_of_every_zero_stage_are_those_of_one_process(tmp_path:
         assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) < 1e-5, stage
 
 
-@pytest.mark.unit
+@pytest.mark.slow
 def test_two_one_and_three_workers_train_one_run(tmp_path: Path) -> None:
     stages = (1, 2, 3)
     (undisturbed,) = run_group(tmp_path, 1, [{"name": "undisturbed", "zero_stage": 1, **SHORT}])
