@@ -4,10 +4,10 @@ A save every ten steps is a hundred times as often as a run's default. The folde
 is in the background too, and left out.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from beats_ray.config import BenchConfig
@@ -17,12 +17,13 @@ STEPS_A_SAVE = 10
 
 Step = Callable[[], float | None]
 Saving = Literal["none", "beside", "blocking"]
+_OPEN: list[object] = []
 
 
 def _training(saving: Saving, config: BenchConfig) -> Step:
     import torch
 
-    from beats_ray.config import EncoderSettings, MaskingSettings, PretrainSettings, TrainSettings
+    from beats_ray.config import EncoderSettings, PretrainSettings, TrainSettings
     from beats_ray.data.storage import open_place
     from beats_ray.models import RandomProjectionTokenizer
     from beats_ray.train.checkpoint import ResumeCheckpoints
@@ -35,26 +36,25 @@ def _training(saving: Saving, config: BenchConfig) -> Step:
         steps=STEPS, warmup_steps=0, global_batch_size=config.num_clips, micro_batch_size=config.num_clips,
         zero_stage=1, precision=config.precision, use_gpu=config.device == "cuda",
     )  # fmt: skip
-    settings = PretrainSettings(encoder=EncoderSettings(preset=config.preset), masking=MaskingSettings(), train=train)
+    settings = PretrainSettings(encoder=EncoderSettings(preset=config.preset), train=train)
     task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
     engine = Engine(task.module, train)
     prepared = task.prepare(_batch(config, context.device), torch.Generator(context.device).manual_seed(0), True)
     scratch = tempfile.TemporaryDirectory(prefix="beats-ray-bench-")
-    checkpoints = ResumeCheckpoints(open_place(str(Path(scratch.name))), context, keep=2)
-    done = [0]
+    _OPEN.append(scratch)  # ends with the process of this case
+    checkpoints = ResumeCheckpoints(open_place(scratch.name), context, keep=2)
+    numbers = itertools.count(1)
 
     def step() -> float | None:
-        for _ in range(STEPS):
+        for number in itertools.islice(numbers, STEPS):
             loss_sum, _sums = engine(*prepared.inputs)
             engine.backward(loss_sum / prepared.num_targets)
             engine.step(0, last_micro_batch=True)
-            done[0] += 1
-            if saving != "none" and done[0] % STEPS_A_SAVE == 0:
-                checkpoints.save(engine, done[0])
+            if saving != "none" and number % STEPS_A_SAVE == 0:
+                checkpoints.save(engine, number)
                 if saving == "blocking":
                     checkpoints.wait()
         checkpoints.wait()
-        scratch.name  # noqa: B018  # the folder lives as long as this function
         return None
 
     return step

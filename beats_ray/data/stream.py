@@ -9,8 +9,7 @@ block costs Ray the same time whatever its size, so a block holds as many micro-
 
     stream = build_stream(dataset, manifest, settings, seed=0, global_batch_size=64, micro_batch_size=8,
                           start_step=0, stop_step=1000, num_workers=2)
-    trainer = TorchTrainer(..., datasets={"train": lambda: stream},
-                           dataset_config=DataConfig(execution_options=execution_options(settings, num_workers)))
+    shares = stream.streaming_split(2, equal=True)      # `train/streaming.py` hands them to Ray Train's workers
 """
 
 import logging
@@ -99,7 +98,9 @@ def build_stream(
     rows = read_windows(reader, settings, start, stop)
     decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
     task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
-    return _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
+    stream = _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
+    stream.context.execution_options = execution_options(settings, num_workers)
+    return stream
 
 
 def read_alone(
@@ -116,7 +117,6 @@ def read_alone(
         dataset, manifest, settings, seed=seed, global_batch_size=batch_size, micro_batch_size=batch_size,
         start_step=0, stop_step=num_steps,
     )  # fmt: skip
-    stream.context.execution_options = execution_options(settings)
     (shard,) = stream.streaming_split(1, equal=True)
     return iterate_micro_batches(
         shard, batch_size, settings.prefetch_batches,

@@ -44,16 +44,21 @@ def sample_patch_mask(
     rank_BN = noise_BN.argsort(dim=1).argsort(dim=1)
     real_B1 = patches - is_pad_BN.sum(dim=1, keepdim=True)
     keep_B1 = (real_B1 * (1.0 - mask_ratio)).round().long().clamp(min=1).minimum(real_B1)
-    num_visible = max(round(patches * (1.0 - mask_ratio)), 1)
+    num_visible, num_targets = visible_and_target_counts(patches, mask_ratio, max_targets)
     is_visible_BN = rank_BN < keep_B1
     is_target_BN = ~is_visible_BN & ~is_pad_BN
-    num_targets = patches - num_visible
-    if max_targets is not None and max_targets < num_targets:
+    if max_targets is not None and max_targets < patches - num_visible:
         lottery_BN = torch.rand(batch, patches, generator=generator, device=generator.device).to(device)
         place_BN = lottery_BN.masked_fill(~is_target_BN, torch.inf).argsort(dim=1).argsort(dim=1)
         is_target_BN &= place_BN < max_targets
-        num_targets = max_targets
     return PatchMask(_indices(is_visible_BN, num_visible), _indices(is_target_BN, num_targets))
+
+
+def visible_and_target_counts(patches: int, mask_ratio: float, max_targets: int | None = None) -> tuple[int, int]:
+    """(visible, target) patches of a clip of so many real ones: M and K of its mask."""
+    visible = max(round(patches * (1.0 - mask_ratio)), 1)
+    targets = patches - visible
+    return visible, targets if max_targets is None else min(targets, max_targets)
 
 
 def _block_noise(batch: int, patches: int, block_size: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 
 from beats_ray.data.storage import Place, StorageError, with_retries
-from beats_ray.train.committed import sound_steps
+from beats_ray.train.committed import newest_sound_step, sound_steps
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 
@@ -76,7 +76,8 @@ class ResumeCheckpoints:
         """Loads the newest sound checkpoint and returns its step; 0 where there is none. All ranks must call it."""
         context = self._context
         while True:
-            step = context.gather(self._newest() if context.rank == 0 else 0)[0]
+            newest = self._retried(partial(newest_sound_step, self.folder)) if context.rank == 0 else 0
+            step = context.gather(newest)[0]
             if not step:
                 return 0
             state, problem = self._retried(partial(_read, self._at(step)))
@@ -87,10 +88,6 @@ class ResumeCheckpoints:
             if context.rank == 0:  # whoever looks next, a data stream among them, must not count it
                 (self._at(step) / "commit.json").delete()
                 logger.warning("checkpoint step %d is damaged (%s); using the one before", step, problems[0])
-
-    def _newest(self) -> int:
-        steps = self._retried(partial(sound_steps, self.folder))
-        return steps[-1] if steps else 0
 
     def _at(self, step: int) -> Place:
         return self.folder / f"step-{step:08d}"

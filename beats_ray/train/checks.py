@@ -62,7 +62,7 @@ class Inputs:
 def read_inputs(kind: RunKind, config: RunConfig) -> Inputs:
     """Reads descriptions, never weights or audio. The data themselves are looked at unless the run is complete."""
     mistakes: list[UserError] = []
-    published = _attempt(lambda: read_published(kind, config), mistakes)
+    published = _attempt(lambda: _read_published(kind, config), mistakes)
     manifest = _attempt(lambda: _read_manifest(config.data), mistakes)
     if manifest is not None and not _attempt(lambda: is_complete(open_place(config.output)), mistakes):
         _look_at_data(config, manifest, mistakes)
@@ -162,7 +162,7 @@ def _attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT 
         return None
 
 
-def read_published(kind: RunKind, config: RunConfig) -> dict[str, Any]:
+def _read_published(kind: RunKind, config: RunConfig) -> dict[str, Any]:
     field, kinds, what = _STARTS_FROM[kind]
     path = getattr(config, field)
     if not path:

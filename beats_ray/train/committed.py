@@ -25,6 +25,11 @@ def sound_steps(folder: Place) -> list[int]:
     return sorted(steps)
 
 
+def newest_sound_step(folder: Place) -> int:
+    """The step that a run goes on from; 0 where there is no sound checkpoint."""
+    return max(sound_steps(folder), default=0)
+
+
 def _find_missing(checkpoint: Place, sizes: dict[str, int]) -> str | None:
     try:
         files = (checkpoint / "commit.json").read_json()["files"]

@@ -138,7 +138,7 @@ class Engine:
         """
         named = dict(self.module.named_parameters())
         buffers = dict(self.module.named_buffers())
-        expected = {name if not value.requires_grad else f"{name}/{MASTER}" for name, value in named.items()}
+        expected = {f"{name}/{MASTER}" if value.requires_grad else name for name, value in named.items()}
         known = {name for name in state if not name.startswith(("optimizer/", "loss_scale/"))}
         found = {name for name in known if not name.endswith(tuple(f"/{key}" for key in MOMENTS))}
         if found != expected | set(buffers):
@@ -176,13 +176,14 @@ class Engine:
         if not key:
             with self._gathered(parameter):
                 return parameter.detach().clone()
+        if key in MOMENTS and not self._has_moments():
+            return torch.zeros(self._shape(parameter))
+        value: torch.Tensor
         if self._settings.zero_stage == 0:
-            return parameter.detach() if key == MASTER else self._moment(parameter, key)
-        if key == MASTER:
-            value: torch.Tensor = zero.safe_get_full_fp32_param(parameter)
+            value = parameter if key == MASTER else self._adamw.state[parameter][key]
+        elif key == MASTER:
+            value = zero.safe_get_full_fp32_param(parameter)
         else:
-            if not self._has_moments():
-                return torch.zeros(self._shape(parameter))
             value = zero.safe_get_full_optimizer_state(parameter, key)
         return value.view(self._shape(parameter))
 
@@ -192,7 +193,7 @@ class Engine:
         value = value.to(self.device)
         if self._settings.zero_stage == 0:
             if key != MASTER:
-                self._moment(parameter, key).copy_(value)
+                self._adamw.state[parameter][key].copy_(value)
         elif self._settings.zero_stage < 3:
             if key == MASTER:
                 zero.safe_set_full_fp32_param(parameter, value)
@@ -243,10 +244,6 @@ class Engine:
 
     def _has_moments(self) -> bool:
         return bool(self._adamw.state)
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
-        moment: torch.Tensor = self._adamw.state[parameter][key] if self._has_moments() else torch.zeros_like(parameter)
-        return moment
 
     def _optimizer_step(self) -> float:
         return max((float(state["step"]) for state in self._adamw.state.values()), default=0.0)

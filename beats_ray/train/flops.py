@@ -100,15 +100,17 @@ def code_flops(config: EncoderConfig, code_dim: int, patches: int) -> int:
 
 def patches_of(clip_seconds: float, config: EncoderConfig) -> int:
     """Patches of the grid of a clip: 496 for 10 s and 128 mel bins."""
-    frames = max(round(clip_seconds * config.sample_rate_hz) - 400, 0) // 160 + 1  # 25 ms windows, 10 ms apart
-    return max(frames // config.patch_size, 1) * config.patches_per_row
+    from beats_ray.models.fbank import num_frames, num_patch_rows  # which load torch
+
+    frames = num_frames(round(clip_seconds * config.sample_rate_hz))
+    return num_patch_rows(frames, config.patch_size) * config.patches_per_row
 
 
 def masked_counts(patches: int, masking: MaskingSettings) -> tuple[int, int]:
-    """(visible, target) patches of a clip, as `sample_patch_mask` chooses them."""
-    visible = max(round(patches * (1.0 - masking.ratio)), 1)
-    targets = patches - visible
-    return visible, min(targets, masking.max_targets or targets)
+    """(visible, target) patches of a clip."""
+    from beats_ray.models.masking import visible_and_target_counts
+
+    return visible_and_target_counts(patches, masking.ratio, masking.max_targets)
 
 
 def pretrain_flops(

@@ -53,8 +53,8 @@ class Logger(Protocol):
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
     """UserError, on the driver and before a run, where a logger lacks its package or its address."""
-    for name, module in (("mlflow", "mlflow"), ("wandb", "wandb")):
-        if name in names and not _is_installed(module):
+    for name in ("mlflow", "wandb"):
+        if name in names and not _is_installed(name):
             raise UserError(
                 f"train.loggers={list(names)}: the package for {name} is not installed; "
                 f"pip install 'beats-ray[{name}]', or take {name} out of train.loggers"

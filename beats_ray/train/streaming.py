@@ -11,8 +11,8 @@ import ray.train
 from beats_ray.config import StreamSettings, TrainSettings
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, open_place
-from beats_ray.data.stream import build_stream, execution_options
-from beats_ray.train.committed import sound_steps
+from beats_ray.data.stream import build_stream
+from beats_ray.train.committed import newest_sound_step
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class TrainStream(ray.train.DataConfig):
         """One iterator for each worker, by rank; `datasets` only names them."""
         del worker_handles, worker_node_ids
         run = self._run
-        steps = sound_steps(run.checkpoints)
         stream = build_stream(
             open_place(run.data.path),
             run.manifest,
@@ -48,11 +47,10 @@ class TrainStream(ray.train.DataConfig):
             seed=run.train.seed,
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
-            start_step=steps[-1] if steps else 0,
+            start_step=newest_sound_step(run.checkpoints),
             stop_step=run.train.steps,
             num_workers=world_size,
             labels=open_place(run.labels) if run.labels else None,
         )
-        stream.context.execution_options = execution_options(run.data, world_size)
         (name,) = datasets
         return [{name: share} for share in stream.streaming_split(world_size, equal=True)]

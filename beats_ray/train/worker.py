@@ -10,7 +10,8 @@ from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
-from beats_ray.train.checks import read_published, run_identity, training_folds
+from beats_ray.models import describe_model
+from beats_ray.train.checks import run_identity, training_folds
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
 from beats_ray.train.flops import step_flops_per_clip
@@ -23,12 +24,10 @@ def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     """Runs this worker's part of `run`; the context is Ray Train's unless given."""
     context = context or ray_train_context()
     torch.manual_seed(run.train.seed)
-    task = build_task(run)
+    task, published = build_task(run)
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
-    flops = step_flops_per_clip(
-        run.kind, run.config, read_published(run.kind, run.config), len(run.manifest.label_names)
-    )
+    flops = step_flops_per_clip(run.kind, run.config, published, len(run.manifest.label_names))
     with explained(run.train, context):
         return run_training(
             task, source, run.train, context, run.output,
@@ -52,23 +51,24 @@ def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
     return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
 
 
-def build_task(run: Run) -> Task:
-    """The task object of a run; published models it starts from are fetched from storage."""
+def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
+    """The task object of a run, and the description of the published model it starts from, fetched from storage."""
     config = run.config
     if run.kind == "pretrain":
         from beats_ray.train.pretrain import PretrainTask, num_codes_of
 
         tokenizer: Any = load_published(open_place(config.tokenizer))
-        return PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
+        task = PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
+        return task, describe_model(tokenizer)
     if run.kind == "distill":
         from beats_ray.train.distill import DistillTask
 
         teacher: Any = load_published(open_place(config.teacher))
-        return DistillTask(config, teacher)
+        return DistillTask(config, teacher), describe_model(teacher)
     from beats_ray.train.finetune import FinetuneTask
 
     encoder: Any = load_published(open_place(config.encoder))
-    return FinetuneTask(config, encoder, run.manifest)
+    return FinetuneTask(config, encoder, run.manifest), describe_model(encoder)
 
 
 class StreamedBatches:

@@ -19,8 +19,7 @@ def running_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded
 @pytest.fixture
 def store(running_store: EmbeddedObjectStore, monkeypatch: pytest.MonkeyPatch) -> EmbeddedObjectStore:
     """The store, with the environment that lets this process use it."""
-    for name, value in running_store.environment().items():
-        monkeypatch.setenv(name, value)
+    set_environment(running_store, monkeypatch)
     return running_store
 
 
@@ -33,9 +32,13 @@ def running_gcs_server() -> Iterator[GcsServer]:
 @pytest.fixture
 def gcs_server(running_gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> GcsServer:
     """A server for `gs://`, with the environment that lets this process use it."""
-    for name, value in running_gcs_server.environment().items():
-        monkeypatch.setenv(name, value)
+    set_environment(running_gcs_server, monkeypatch)
     return running_gcs_server
+
+
+def set_environment(server: EmbeddedObjectStore | GcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(params=["local", "s3", "gs"])
