@@ -109,8 +109,8 @@ class StreamSettings(Section):
     times and some not at all. Paper, AudioSet-2M fine-tuning: balanced."""
     retry_seconds: PositiveFloat = 120.0
     """How long a read is tried again while the object store answers with errors or not at all."""
-    prefetch_batches: NonNegativeInt = 2
-    """Micro-batches that wait, ready, in front of each worker."""
+    prefetch_blocks: NonNegativeInt = 2
+    """Blocks that wait, ready, in front of each worker: a micro-batch, or several that make at most 24 MiB."""
     read_tasks: PositiveInt = 2
     """Tasks that read shards at one time; each needs a quarter of a logical CPU."""
     decode_cpus: PositiveFloat = 1.0
@@ -118,8 +118,9 @@ class StreamSettings(Section):
     placement: Literal["auto", "data-nodes", "anywhere"] = "auto"
     """Where clips are read and decoded: on nodes with the label beats-ray/role=data where the cluster has some, on
     these only (an autoscaler then starts them), or anywhere."""
-    buffer_mib: PositiveInt = 256
-    """Object-store memory that the stream may fill for each training worker, MiB."""
+    buffer_mib: PositiveInt = 512
+    """Object-store memory that the stream may fill for each training worker, MiB; the clips of two shuffle windows,
+    still compressed, are half of it."""
 
 
 class EncoderSettings(Section):

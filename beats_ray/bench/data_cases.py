@@ -63,7 +63,7 @@ def our_stream(config: BenchConfig) -> Step:
     manifest = read_manifest(dataset)
     cores = os.cpu_count() or 1
     settings = StreamSettings(
-        path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2), prefetch_batches=4
+        path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2), prefetch_blocks=4
     )
 
     def step() -> float:
@@ -186,7 +186,7 @@ def _clips(config: BenchConfig) -> Iterator[tuple[str, bytes]]:
 
 @lru_cache(maxsize=1)
 def _distinct(seconds: float) -> list[bytes]:
-    from beats_ray.data.decode import encode_flac
+    from beats_ray.data.flac import encode_flac
     from beats_ray.data.sample import make_clip
 
     waves = [make_clip(index, 0, seconds) for index in range(DISTINCT_CLIPS)]

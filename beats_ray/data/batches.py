@@ -6,7 +6,8 @@ import this package and need no torch.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False) -> 
 def iterate_micro_batches(
     iterator: Any,
     micro_batch_size: int,
-    prefetch_batches: int,
+    prefetch_blocks: int,
     *,
     first_step: int,
     stop_step: int,
@@ -109,7 +110,7 @@ def iterate_micro_batches(
     """
     first_position = first_step * global_batch_size
     count = (stop_step - first_step) * global_batch_size // (micro_batch_size * world_size)
-    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches), count)):
+    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_blocks), count)):
         expected = micro_batch_start(first_position, index, rank, world_size, micro_batch_size)
         positions_B = batch.positions_B.numpy()
         if not np.array_equal(positions_B, np.arange(expected, expected + micro_batch_size)):
@@ -123,45 +124,50 @@ def iterate_micro_batches(
 def iterate_eval_batches(
     iterator: Any,
     micro_batch_size: int,
-    prefetch_batches: int,
+    prefetch_blocks: int,
     *,
     num_clips: int,
     device: "torch.device | str" = "cpu",
 ) -> Iterator[MicroBatch]:
     """A rank's share of `build_eval_stream`: over all ranks each clip once, the repetitions at the end dropped."""
-    for batch in _timed(_tensor_batches(iterator, micro_batch_size, prefetch_batches)):
+    for batch in _timed(_tensor_batches(iterator, micro_batch_size, prefetch_blocks)):
         real = int((batch.positions_B < num_clips).sum())
         if real:
             yield batch.first(real).to(device)
 
 
-def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_batches: int) -> Iterable[MicroBatch]:
+def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_blocks: int) -> Generator[MicroBatch]:
+    """The micro-batches of a worker's blocks, which hold whole ones; the last of all may be smaller."""
     import torch
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     pin_memory = torch.cuda.is_available()
 
-    class ToMicroBatch(NumpyBatchCollateFn):
-        def __call__(self, batch: dict[str, np.ndarray]) -> Any:  # Ray's type allows tensors only, Ray does not
-            return to_micro_batch(batch, pin_memory)
+    class ToMicroBatches(NumpyBatchCollateFn):
+        def __call__(self, block: dict[str, np.ndarray]) -> Any:  # Ray's type allows tensors only, Ray does not
+            starts = range(0, len(block["position"]), micro_batch_size)
+            parts = ({name: rows[at : at + micro_batch_size] for name, rows in block.items()} for at in starts)
+            return [to_micro_batch(part, pin_memory) for part in parts]
 
-    batches: Iterable[MicroBatch] = iterator.iter_torch_batches(
-        batch_size=micro_batch_size, prefetch_batches=prefetch_batches, collate_fn=ToMicroBatch(), device="cpu"
+    # In blocks: Ray spends as long on each batch that it cuts as a copy of its audio takes.
+    blocks = iterator.iter_torch_batches(
+        batch_size=None, prefetch_batches=prefetch_blocks, collate_fn=ToMicroBatches(), device="cpu"
     )
-    return batches
-
-
-def _timed(batches: Iterable[MicroBatch], count: int | None = None) -> Iterator[MicroBatch]:
-    """The same batches, at most `count`, each with the seconds that its consumer waited for it."""
-    source = iter(batches)
     try:
+        for block in blocks:
+            yield from block
+    finally:
+        close = getattr(blocks, "close", None)
+        if close is not None:  # ends the data tasks at once when the loop stops early
+            close()
+
+
+def _timed(batches: Generator[MicroBatch], count: int | None = None) -> Iterator[MicroBatch]:
+    """The same batches, at most `count`, each with the seconds that its consumer waited for it."""
+    with closing(batches):
         for _ in range(sys.maxsize if count is None else count):
             started = time.perf_counter()
-            batch = next(source, None)
+            batch = next(batches, None)
             if batch is None:
                 return
             yield replace(batch, wait_seconds=time.perf_counter() - started)
-    finally:
-        close = getattr(source, "close", None)
-        if close is not None:  # ends the data tasks at once when the loop stops early
-            close()

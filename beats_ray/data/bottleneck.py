@@ -25,7 +25,7 @@ def name_bottleneck(
     facts = f"workers wait for data {wait:.0%} of the time: storage could bring {storage_rate:.0f} clips/s"
     facts += f" ({data.read_tasks} read tasks), decoding {decode_rate:.0f} ({decode_tasks:.0f} tasks)"
     if min(storage_rate, decode_rate) > 2.0 * rate:
-        return f"{facts}, {rate:.0f} arrive: the transfer holds them up; raise data.prefetch_batches or data.buffer_mib"
+        return f"{facts}, {rate:.0f} arrive: the transfer holds them up; raise data.prefetch_blocks or data.buffer_mib"
     if storage_rate < decode_rate:
         return f"{facts}: storage is the bottleneck; raise data.read_tasks, or move the shards nearer"
     return f"{facts}: decoding is the bottleneck; add CPU nodes (label beats-ray/role=data), or lower train.num_workers"

@@ -20,6 +20,7 @@ import ray
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
+from beats_ray.data.columns import list_views
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import (
     SAMPLE_RATE_HZ,
@@ -205,19 +206,7 @@ def _first_of(groups: Sequence[RowGroupRef]) -> list[int]:
 def _open_table(table: pa.Table) -> Iterator[Clip]:
     """Clips of one block; numpy views, no copies."""
     names = [name for name in ("wave", "labels", "patch_labels") if name in table.schema.names]
-    columns = {name: _ListViews(table.column(name)) for name in names}
+    columns = {name: list_views(table.column(name)) for name in names}
     for row, clip_id in enumerate(table.column("clip_id").to_pylist()):
         patch_labels = columns["patch_labels"][row] if "patch_labels" in columns else None
         yield Clip(clip_id, columns["wave"][row], columns["labels"][row], patch_labels)
-
-
-class _ListViews:
-    """The rows of a list column as numpy views."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        self._offsets = array.offsets.to_numpy()
-        self._values = array.values.to_numpy(zero_copy_only=False)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return np.asarray(self._values[self._offsets[row] : self._offsets[row + 1]])

@@ -6,12 +6,13 @@ This is what the tasks of the stream run, so it imports numpy and pyarrow only: 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
 
-from beats_ray.data.decode import decode_flac
+from beats_ray.data.columns import binary_views, list_views
+from beats_ray.data.flac import decode_flac_into
 from beats_ray.data.plan import (
     LABELS_PER_PATCH_ROW,
     SAMPLE_RATE_HZ,
@@ -34,6 +35,53 @@ class Clip:
     label_ids: np.ndarray
     patch_labels: np.ndarray | None
     """int16, one for each patch of the whole clip; None where the stream has no patch labels."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.wave_S)
+
+    def copy_to(self, row_S: np.ndarray, offset: int) -> None:
+        """Fills a row with the samples from `offset` on."""
+        row_S[:] = self.wave_S[offset : offset + len(row_S)]
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """One clip as its shard holds it."""
+
+    clip_id: str
+    data: memoryview
+    """FLAC."""
+    num_samples: int
+    label_ids: np.ndarray
+    patch_labels: np.ndarray | None
+
+    def decode(self) -> Clip:
+        """The same, decoded. UserError that names the clip where its audio is not what the shard says."""
+        wave_S = np.empty(self.num_samples, np.int16)
+        self._decode_into(wave_S)
+        return Clip(self.clip_id, wave_S, self.label_ids, self.patch_labels)
+
+    def copy_to(self, row_S: np.ndarray, offset: int) -> None:
+        """Fills a row with the samples from `offset` on; a clip of the row's length is decoded in place."""
+        if len(row_S) == self.num_samples:
+            self._decode_into(row_S)
+        else:
+            self.decode().copy_to(row_S, offset)
+
+    def _decode_into(self, wave_S: np.ndarray) -> None:
+        try:
+            found = decode_flac_into(self.data, wave_S)
+        except ValueError as error:
+            raise UserError(
+                f"clip {self.clip_id!r}: its audio in the shard does not decode; prepare the data set again"
+            ) from error
+        if found != self.num_samples:
+            shown = "more" if found > self.num_samples else found
+            raise UserError(
+                f"clip {self.clip_id!r}: the shard says num_samples={self.num_samples}, its audio has {shown}; "
+                "prepare the data set again"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,13 +111,15 @@ def clip_samples_of(clip_seconds: float) -> int:
     return samples
 
 
-def make_examples(clips: Sequence[Clip], positions_B: np.ndarray, spec: ExampleSpec) -> dict[str, np.ndarray]:
+def make_examples(
+    clips: Sequence[Clip | StoredClip], positions_B: np.ndarray, spec: ExampleSpec
+) -> dict[str, np.ndarray]:
     """The columns of a micro-batch: position, clip_id, audio, num_samples, targets and, with labels, patch_labels."""
     batch = len(clips)
     columns = {
         "position": positions_B.astype(np.int64),
         "clip_id": np.array([clip.clip_id for clip in clips], dtype=object),
-        "audio": np.zeros((batch, spec.clip_samples), np.int16),
+        "audio": np.empty((batch, spec.clip_samples), np.int16),
         "num_samples": np.zeros(batch, np.int32),
         "targets": np.zeros((batch, spec.num_classes), np.uint8),
     }
@@ -77,24 +127,29 @@ def make_examples(clips: Sequence[Clip], positions_B: np.ndarray, spec: ExampleS
         columns["patch_labels"] = np.full((batch, spec.patch_labels), NO_PATCH_LABEL, np.int16)
     for row, clip in enumerate(clips):
         epoch = int(positions_B[row]) // spec.clips_per_epoch
-        offset = crop_offset(spec.crop_seed, epoch, clip.clip_id, len(clip.wave_S), spec.clip_samples)
-        piece = clip.wave_S[offset : offset + spec.clip_samples]
-        columns["audio"][row, : len(piece)] = piece
-        columns["num_samples"][row] = len(piece)
+        offset = crop_offset(spec.crop_seed, epoch, clip.clip_id, clip.num_samples, spec.clip_samples)
+        length = min(clip.num_samples, spec.clip_samples)
+        clip.copy_to(columns["audio"][row, :length], offset)
+        columns["audio"][row, length:] = 0
+        columns["num_samples"][row] = length
         _set_targets(columns["targets"][row], clip)
         if clip.patch_labels is not None:
-            _set_patch_labels(columns["patch_labels"][row], clip, offset, len(piece))
+            _set_patch_labels(columns["patch_labels"][row], clip, offset, length)
     return columns
+
+
+def stored_clips(rows: pa.Table) -> list[StoredClip]:
+    """The clips of shard rows, as views of their memory."""
+    audio = binary_views(rows.column("audio"))
+    clip_ids, num_samples = rows.column("clip_id").to_pylist(), rows.column("num_samples").to_pylist()
+    labels = list_views(rows.column("labels"))
+    patch_labels = list_views(rows.column("patch_labels")) if "patch_labels" in rows.column_names else repeat(None)
+    return list(map(StoredClip, clip_ids, audio, num_samples, labels, patch_labels))
 
 
 def decode_clips(rows: pa.Table) -> list[Clip]:
     """The clips of shard rows. UserError that names the clip where its audio is not what the shard says."""
-    audio, clip_ids = rows.column("audio"), rows.column("clip_id").to_pylist()
-    num_samples = rows.column("num_samples").to_pylist()
-    labels = _lists(rows.column("labels"))
-    patch_labels = _lists(rows.column("patch_labels")) if "patch_labels" in rows.column_names else repeat(None)
-    waves = (_decode(audio[row].as_buffer(), clip_ids[row], num_samples[row]) for row in range(rows.num_rows))
-    return list(map(Clip, clip_ids, waves, labels, patch_labels))
+    return [clip.decode() for clip in stored_clips(rows)]
 
 
 def example_decoder(
@@ -108,12 +163,12 @@ def example_decoder(
 
     def decode(rows: pa.Table) -> dict[str, np.ndarray]:
         begun = time.perf_counter()
-        if deal is not None and rows.num_rows:
-            rows = rows.take(pa.array(dealt_order(rows.num_rows, *deal)))
-        columns = make_examples(decode_clips(rows), rows.column("position").to_numpy(), spec)
+        order_B = np.arange(rows.num_rows) if deal is None else dealt_order(rows.num_rows, *deal)
+        clips, positions_B = stored_clips(rows), rows.column("position").to_numpy()
+        columns = make_examples([clips[row] for row in order_B], positions_B[order_B], spec)
         seconds = (time.perf_counter() - begun) / max(1, rows.num_rows)
         costs = {"decode_seconds": np.full(rows.num_rows, seconds, np.float32)}
-        return columns | costs | {"read_seconds": rows.column("read_seconds").to_numpy()}
+        return columns | costs | {"read_seconds": rows.column("read_seconds").to_numpy()[order_B]}
 
     return decode
 
@@ -134,33 +189,7 @@ def decode_whole_clips(rows: pa.Table) -> pa.Table:
     return rows.drop_columns(["audio"]).append_column("wave", wave)
 
 
-def _decode(data: pa.Buffer, clip_id: str, num_samples: int) -> np.ndarray:
-    try:
-        wave_S = decode_flac(data, num_samples)
-    except ValueError as error:
-        raise UserError(
-            f"clip {clip_id!r}: its audio in the shard does not decode; prepare the data set again"
-        ) from error
-    if len(wave_S) != num_samples:
-        found = "more" if len(wave_S) > num_samples else len(wave_S)
-        raise UserError(
-            f"clip {clip_id!r}: the shard says num_samples={num_samples}, its audio has {found}; "
-            "prepare the data set again"
-        )
-    return wave_S
-
-
-def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """The rows of a column of lists as views of its values; a Python object for each value would cost too much."""
-    arrays: list[np.ndarray] = []
-    for chunk in column.chunks:
-        values = chunk.values.to_numpy(zero_copy_only=False)
-        offsets = chunk.offsets.to_numpy().tolist()
-        arrays += [values[first:last] for first, last in pairwise(offsets)]
-    return arrays
-
-
-def _set_targets(targets_C: np.ndarray, clip: Clip) -> None:
+def _set_targets(targets_C: np.ndarray, clip: Clip | StoredClip) -> None:
     for label in clip.label_ids:
         if not 0 <= label < len(targets_C):
             raise UserError(
@@ -170,12 +199,12 @@ def _set_targets(targets_C: np.ndarray, clip: Clip) -> None:
     targets_C[clip.label_ids] = 1
 
 
-def _set_patch_labels(labels_N: np.ndarray, clip: Clip, offset: int, num_samples: int) -> None:
+def _set_patch_labels(labels_N: np.ndarray, clip: Clip | StoredClip, offset: int, num_samples: int) -> None:
     assert clip.patch_labels is not None
-    expected = patch_labels_in(len(clip.wave_S))
+    expected = patch_labels_in(clip.num_samples)
     if len(clip.patch_labels) != expected:
         raise UserError(
-            f"clip {clip.clip_id!r}: {len(clip.patch_labels)} patch labels for {len(clip.wave_S)} samples, which have "
+            f"clip {clip.clip_id!r}: {len(clip.patch_labels)} patch labels for {clip.num_samples} samples, which have "
             f"{expected} patches; run `beats-ray tokenize` again"
         )
     first = offset // SAMPLES_PER_PATCH_ROW * LABELS_PER_PATCH_ROW

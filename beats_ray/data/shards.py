@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from beats_ray.data.columns import binary_views
 from beats_ray.data.manifest import DatasetManifest, Shard, shards_fingerprint
 from beats_ray.data.plan import ClipPlan, RowGroupRef, Window
 from beats_ray.data.storage import Place, read_table, storage_errors, with_retries
@@ -23,7 +25,6 @@ from beats_ray.errors import UserError
 
 COLUMNS = ["clip_id", "audio", "num_samples", "labels"]
 READ_THREADS = 8  # row groups in flight in one task: object stores answer late and in parallel
-EMIT_CLIPS = 64  # rows in one table on the way to the decode tasks
 OPEN_FOOTERS = 1024
 LABEL_THREADS = 32
 
@@ -42,10 +43,11 @@ class WindowReader:
     retry_seconds: float = 0.0
     """How long a read is tried again while storage fails."""
 
-    def read(self, ordinals: range, start: int, stop: int) -> Iterator[pa.Table]:
+    def read(self, ordinals: range, start: int, stop: int, table_clips: int) -> Iterator[pa.Table]:
         """The rows of positions [start, stop) that lie in these windows, in the plan's order.
 
-        Two columns are added: `position`, and `read_seconds`, the time that this task waited for storage, per clip.
+        A table holds at most table_clips rows and begins, unless a window does, a multiple of it after `start`. Two
+        columns are added: `position`, and `read_seconds`, the time that this task waited for storage, per clip.
         """
         with ThreadPoolExecutor(READ_THREADS) as threads:
             for ordinal in ordinals:
@@ -53,7 +55,11 @@ class WindowReader:
                 begun = time.perf_counter()
                 tables = list(threads.map(self.read_row_group, window.row_groups))
                 seconds = (time.perf_counter() - begun) / max(1, len(window.rows_P))
-                yield from _rows_in_order(window, tables, (start, stop), seconds)
+                rows = _WindowRows(window, tables, seconds)
+                first, last = max(start, window.first_position), min(stop, window.stop_position)
+                cuts = range(first + (start - first) % table_clips, last, table_clips)
+                for begin, end in pairwise(sorted({first, *cuts, last})):
+                    yield rows.between(begin, end)
 
     def read_row_group(self, group: RowGroupRef) -> pa.Table:
         """The wanted columns of one row group, `patch_labels` among them where the stream has labels."""
@@ -165,19 +171,31 @@ def check_labels(labels: Place, manifest: DatasetManifest, dataset: Place) -> st
     return hashlib.sha256(content).hexdigest()
 
 
-def _rows_in_order(
-    window: Window, tables: list[pa.Table], span: tuple[int, int], read_seconds: float
-) -> Iterator[pa.Table]:
-    first = max(span[0], window.first_position) - window.first_position
-    last = min(span[1], window.stop_position) - window.first_position
-    for begin in range(first, last, EMIT_CLIPS):
-        places_B = np.arange(begin, min(begin + EMIT_CLIPS, last))
-        slots_B, rows_B = window.slots_P[places_B], window.rows_P[places_B]
-        by_group_B = np.argsort(slots_B, kind="stable")
-        parts = [tables[slot].take(pa.array(rows_B[slots_B == slot])) for slot in np.unique(slots_B)]
-        rows = pa.concat_tables(parts).take(pa.array(np.argsort(by_group_B)))
-        rows = rows.append_column("read_seconds", pa.array(np.full(len(places_B), read_seconds, np.float32)))
-        yield rows.add_column(0, "position", pa.array(window.first_position + places_B, pa.int64())).combine_chunks()
+class _WindowRows:
+    """The rows of a window's row groups in the order of the plan. The audio of a row is copied once."""
+
+    def __init__(self, window: Window, tables: Sequence[pa.Table], read_seconds: float) -> None:
+        self._window = window
+        self._read_seconds = read_seconds
+        clips_G = np.array([table.num_rows for table in tables])
+        self._row_P = (np.cumsum(clips_G) - clips_G)[window.slots_P] + window.rows_P
+        self._others = pa.concat_tables([table.drop_columns(["audio"]) for table in tables]).combine_chunks()
+        self._audio = [view for table in tables for view in binary_views(table.column("audio"))]
+
+    def between(self, start: int, stop: int) -> pa.Table:
+        """The rows of positions [start, stop)."""
+        first = self._window.first_position
+        row_B = self._row_P[start - first : stop - first]
+        audio = [self._audio[row] for row in row_B]
+        ends_B = np.cumsum([0, *map(len, audio)], dtype=np.int64)
+        data = [None, pa.py_buffer(ends_B), pa.py_buffer(b"".join(audio))]
+        columns = {
+            "position": pa.array(np.arange(start, stop), pa.int64()),
+            "audio": pa.Array.from_buffers(pa.large_binary(), len(audio), data),
+            "read_seconds": pa.array(np.full(len(audio), self._read_seconds, np.float32)),
+        }
+        others = self._others.take(pa.array(row_B))
+        return pa.table(columns | {name: others.column(name) for name in others.column_names})
 
 
 def _read_row_group(place: Place, version: str, group: RowGroupRef, columns: list[str]) -> pa.Table:

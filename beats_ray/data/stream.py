@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
 
 DATA_NODE_LABELS = {"beats-ray/role": "data"}
 """Label of the nodes of a cluster that read and decode and do not train."""
-BLOCK_CLIPS = 128  # in one block, if a micro-batch has fewer
-TASK_CLIPS = 256  # at most so many clips, of all workers, are decoded and dealt by one call
+BLOCK_CLIPS, BLOCK_BYTES = 256, 24 * 2**20  # at most, in one block, if a micro-batch has less
+TASK_CLIPS, TASK_BYTES = 256, 64 * 2**20  # at most, of all workers, decoded and dealt by one call
 READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
 MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks
 DEFAULTS = StreamSettings()
-READ_BLOCK_BYTES = 8 * 2**20  # compressed clips that travel together from a read task to the decode tasks
+TABLE_CLIPS = 64  # compressed clips that travel together from a read task, where the decode tasks do not say
 
 
 def build_stream(
@@ -91,16 +91,24 @@ def build_stream(
     )
     reader = open_reader(dataset, manifest, plan, settings, labels)
     spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
-    round_clips = micro_batch_size * num_workers
-    rounds = max(1, min(BLOCK_CLIPS // micro_batch_size, TASK_CLIPS // round_clips))
     start, stop = start_step * global_batch_size, stop_step * global_batch_size
+    round_clips = micro_batch_size * num_workers
+    rounds = _rounds_of_a_block(micro_batch_size, num_workers, stop - start, spec.bytes_per_clip)
     stop = start + -(-(stop - start) // (rounds * round_clips)) * rounds * round_clips  # whole blocks for every worker
-    rows = read_windows(reader, settings, start, stop)
     decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
     task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
+    rows = read_windows(reader, settings, start, stop, task_clips)
     stream = _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
     stream.context.execution_options = execution_options(settings, num_workers)
     return stream
+
+
+def _rounds_of_a_block(micro_batch_size: int, num_workers: int, clips: int, bytes_per_clip: int) -> int:
+    """Micro-batches in a block; a task decodes as many for each worker. At least one, at most what `clips` needs."""
+    block_clips = min(BLOCK_CLIPS, BLOCK_BYTES // bytes_per_clip)
+    task_clips = min(TASK_CLIPS, TASK_BYTES // bytes_per_clip, clips)
+    rounds = max(1, min(block_clips // micro_batch_size, task_clips // (micro_batch_size * num_workers)))
+    return 1 << (rounds.bit_length() - 1)  # such blocks fill the windows, which mostly have 2^n clips
 
 
 def read_alone(
@@ -119,7 +127,7 @@ def read_alone(
     )  # fmt: skip
     (shard,) = stream.streaming_split(1, equal=True)
     return iterate_micro_batches(
-        shard, batch_size, settings.prefetch_batches,
+        shard, batch_size, settings.prefetch_blocks,
         first_step=0, stop_step=num_steps, global_batch_size=batch_size, rank=0, world_size=1,
     )  # fmt: skip
 
@@ -201,10 +209,15 @@ def example_spec(
     )
 
 
-def read_windows(reader: WindowReader, settings: StreamSettings, start: int, stop: int) -> "Dataset":
-    """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order."""
+def read_windows(
+    reader: WindowReader, settings: StreamSettings, start: int, stop: int, table_clips: int = TABLE_CLIPS
+) -> "Dataset":
+    """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order.
+
+    table_clips: rows that travel together, see `WindowReader.read`.
+    """
     warn_without_data_nodes(settings)
-    source = PlanSource(reader, start, stop)
+    source = PlanSource(reader, start, stop, table_clips)
     rows = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
@@ -213,7 +226,8 @@ def read_windows(reader: WindowReader, settings: StreamSettings, start: int, sto
         **_placement(settings),
     )
     context = rows.context
-    context.target_max_block_size = READ_BLOCK_BYTES
+    context.target_max_block_size = TASK_BYTES  # tables leave as they are
+    context.downstream_capacity_backpressure_ratio = None  # it leaves CPUs idle; `buffer_mib` alone bounds the memory
     context.execution_options = execution_options(settings)
     return rows
 
@@ -271,9 +285,10 @@ def _placement(settings: StreamSettings) -> dict[str, Any]:
 class PlanSource(Datasource):
     """A Ray Data source whose read tasks follow the windows of a plan."""
 
-    def __init__(self, reader: WindowReader, start: int, stop: int) -> None:
+    def __init__(self, reader: WindowReader, start: int, stop: int, table_clips: int) -> None:
         super().__init__()
         self._reader = reader
+        self._table_clips = table_clips
         self._start = start
         self._stop = stop
         self._windows = reader.plan.windows_between(start, stop)
@@ -296,11 +311,15 @@ class PlanSource(Datasource):
         bounds = [len(self._windows) * task // parallelism for task in range(parallelism + 1)]
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [
-            ReadTask(partial(_read, reader, self._windows[first:last], self._start, self._stop), metadata)
+            ReadTask(
+                partial(_read, reader, self._windows[first:last], self._start, self._stop, self._table_clips), metadata
+            )
             for first, last in pairwise(bounds)
             if first < last
         ]
 
 
-def _read(reader: "ray.ObjectRef[WindowReader]", windows: range, start: int, stop: int) -> Iterator[pa.Table]:
-    yield from ray.get(reader).read(windows, start, stop)
+def _read(
+    reader: "ray.ObjectRef[WindowReader]", windows: range, start: int, stop: int, table_clips: int
+) -> Iterator[pa.Table]:
+    yield from ray.get(reader).read(windows, start, stop, table_clips)

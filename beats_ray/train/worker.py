@@ -87,7 +87,7 @@ class StreamedBatches:
         return iterate_micro_batches(
             ray.train.get_dataset_shard("train"),
             micro_batch_size=settings.micro_batch_size,
-            prefetch_batches=self._run.data.prefetch_batches,
+            prefetch_blocks=self._run.data.prefetch_blocks,
             first_step=first_step,
             stop_step=settings.steps,
             global_batch_size=settings.global_batch_size,

@@ -13,7 +13,7 @@ import torch
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import clip_samples_of, example_decoder
-from beats_ray.data.decode import encode_flac
+from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
 from beats_ray.data.shards import check_labels, check_schema
@@ -111,7 +111,7 @@ def read_examples(
     """The positions from span[0] up to span[1] as the tasks of the stream make them, without a cluster."""
     plan = build_plan(manifest, seed=4, folds=settings.folds, shuffle_window_clips=settings.shuffle_window_clips)
     reader = open_reader(dataset, manifest, plan, settings, labels)
-    rows = pa.concat_tables(reader.read(plan.windows_between(*span), *span))
+    rows = pa.concat_tables(reader.read(plan.windows_between(*span), *span, table_clips=6))
     return example_decoder(example_spec(manifest, settings, plan, crop_seed=4))(rows)
 
 
