@@ -102,6 +102,9 @@ class StreamSettings(Section):
     """Folds to train on; empty means all."""
     splits: tuple[str, ...] = ()
     """Splits to train on; empty means all."""
+    length_bucket_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """Clips of a shuffle window come together by length, in steps of so many seconds, and a micro-batch is padded to
+    the next step instead of to clip_seconds: for clips of very different lengths. 0 turns it off. Paper: off."""
     shuffle_window_clips: PositiveInt = 1024
     """Clips that are shuffled together, drawn from row groups taken in a random order over the whole data set."""
     sampling: Literal["uniform", "balanced"] = "uniform"

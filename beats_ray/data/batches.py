@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beats_ray.data.plan import micro_batch_start
+from beats_ray.data.plan import micro_batch_start, patch_labels_in
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +70,18 @@ class MicroBatch:
         )
 
 
-def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False) -> MicroBatch:
-    """The columns of `make_examples` as tensors of their own memory (the object store's is read-only)."""
+def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False, bucket_samples: int = 0) -> MicroBatch:
+    """The columns of `make_examples` as tensors of their own memory (the object store's is read-only).
+
+    bucket_samples: what is padding in all clips is left out beyond a multiple of this; 0 keeps everything.
+    """
     import torch
+
+    if bucket_samples:
+        samples = -(-int(columns["num_samples"].max()) // bucket_samples) * bucket_samples
+        columns = columns | {"audio": columns["audio"][:, :samples]}
+        if "patch_labels" in columns:
+            columns |= {"patch_labels": columns["patch_labels"][:, : patch_labels_in(columns["audio"].shape[1])]}
 
     def tensor(name: str, dtype: "torch.dtype") -> "torch.Tensor":
         copy = torch.empty(columns[name].shape, dtype=dtype, pin_memory=pin_memory)
@@ -101,6 +110,7 @@ def iterate_micro_batches(
     global_batch_size: int,
     rank: int,
     world_size: int,
+    bucket_samples: int = 0,
     device: "torch.device | str" = "cpu",
 ) -> Iterator[MicroBatch]:
     """A rank's micro-batches of steps [first_step, stop_step), from its share of a `build_stream` of these steps.
@@ -110,7 +120,8 @@ def iterate_micro_batches(
     """
     first_position = first_step * global_batch_size
     count = (stop_step - first_step) * global_batch_size // (micro_batch_size * world_size)
-    for index, batch in enumerate(_timed(_tensor_batches(iterator, micro_batch_size, prefetch_blocks), count)):
+    source = _tensor_batches(iterator, micro_batch_size, prefetch_blocks, bucket_samples)
+    for index, batch in enumerate(_timed(source, count)):
         expected = micro_batch_start(first_position, index, rank, world_size, micro_batch_size)
         positions_B = batch.positions_B.numpy()
         if not np.array_equal(positions_B, np.arange(expected, expected + micro_batch_size)):
@@ -136,7 +147,9 @@ def iterate_eval_batches(
             yield batch.first(real).to(device)
 
 
-def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_blocks: int) -> Generator[MicroBatch]:
+def _tensor_batches(
+    iterator: Any, micro_batch_size: int, prefetch_blocks: int, bucket_samples: int = 0
+) -> Generator[MicroBatch]:
     """The micro-batches of a worker's blocks, which hold whole ones; the last of all may be smaller."""
     import torch
     from ray.data.collate_fn import NumpyBatchCollateFn
@@ -147,7 +160,7 @@ def _tensor_batches(iterator: Any, micro_batch_size: int, prefetch_blocks: int) 
         def __call__(self, block: dict[str, np.ndarray]) -> Any:  # Ray's type allows tensors only, Ray does not
             starts = range(0, len(block["position"]), micro_batch_size)
             parts = ({name: rows[at : at + micro_batch_size] for name, rows in block.items()} for at in starts)
-            return [to_micro_batch(part, pin_memory) for part in parts]
+            return [to_micro_batch(part, pin_memory, bucket_samples) for part in parts]
 
     # In blocks: Ray spends as long on each batch that it cuts as a copy of its audio takes.
     blocks = iterator.iter_torch_batches(

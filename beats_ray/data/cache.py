@@ -33,7 +33,7 @@ from beats_ray.data.plan import (
 )
 from beats_ray.data.shards import check_schema
 from beats_ray.data.storage import Place, with_retries
-from beats_ray.data.stream import example_spec, open_reader, read_windows
+from beats_ray.data.stream import example_spec, length_buckets, open_reader, read_windows
 
 DECODE_CLIPS = 64  # clips of one call in a decode task
 STORE_FRACTION = 0.4  # of the object store, the rest is for what passes through it
@@ -75,6 +75,7 @@ class ClipCache:
             splits=splits or self.settings.splits,
             shuffle_window_clips=self.settings.shuffle_window_clips,
             weigh=self._weigh if self.settings.sampling == "balanced" else None,
+            buckets=length_buckets(self.settings, global_batch_size),
         )
         spec = example_spec(self.manifest, self.settings, plan, seed if augment_crop else None)
         first = start_step * global_batch_size
@@ -127,6 +128,8 @@ class ClipCache:
         def clips_of(ordinal: int) -> tuple[int, np.ndarray]:
             window = plan.window(ordinal)
             first_G = np.array([self._first_clip[group.file, group.index] for group in window.row_groups])
+            num_samples_P = self._num_samples[first_G[window.slots_P] + window.rows_P]
+            window = plan.by_length(window, num_samples_P)
             return window.first_position, first_G[window.slots_P] + window.rows_P
 
         for start, stop in spans:
@@ -135,13 +138,18 @@ class ClipCache:
             for ordinal in plan.windows_between(start, stop):
                 position, index_P = clips_of(ordinal)
                 clips += [self._clips[i] for i in index_P[max(0, start - position) : stop - position]]
-            batch = to_micro_batch(make_examples(clips, np.arange(start, stop), spec))
+            columns = make_examples(clips, np.arange(start, stop), spec)
+            batch = to_micro_batch(columns, bucket_samples=spec.bucket_samples)
             yield replace(batch, wait_seconds=time.perf_counter() - begun)
 
     @cached_property
     def _first_clip(self) -> dict[tuple[str, int], int]:
         """For each row group that is held, the place of its first clip in `_clips`."""
         return dict(zip(map(_key, self.plan.row_groups), _first_of(self.plan.row_groups), strict=True))
+
+    @cached_property
+    def _num_samples(self) -> np.ndarray:
+        return np.array([clip.num_samples for clip in self._clips])
 
     @cached_property
     def _clips(self) -> list[Clip]:

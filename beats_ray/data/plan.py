@@ -12,7 +12,7 @@ storage is still read one row group at a time.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,22 @@ class Window:
         return self.first_position + len(self.rows_P)
 
 
+@dataclass(frozen=True)
+class LengthBuckets:
+    """Clips of about the same length come together, so that little of a batch is padding."""
+
+    bucket_samples: int
+    """Lengths that differ by less count as the same."""
+    clip_samples: int
+    """What longer clips are cropped to."""
+    batch_clips: int
+    """Clips of a global batch."""
+
+    def places_of(self, num_samples_P: np.ndarray) -> np.ndarray:
+        """The bucket of each clip."""
+        return np.minimum(num_samples_P, self.clip_samples) // self.bucket_samples
+
+
 @dataclass(frozen=True, eq=False)
 class ClipWeights:
     """How often clips are to occur, relative to each other: an array for each row group of a plan, all positive."""
@@ -88,6 +104,8 @@ class ClipPlan:
     """Off: every epoch is in the manifest's order."""
     weights: ClipWeights | None = None
     """How often clips occur; every clip once in an epoch where None."""
+    buckets: LengthBuckets | None = None
+    """How clips of a window are brought together by length; not at all where None."""
 
     @property
     def clips_per_epoch(self) -> int:
@@ -112,6 +130,26 @@ class ClipPlan:
             shuffle_P = _generator(self.seed, epoch, index + 1).permutation(len(rows_P))
             slots_P, rows_P = slots_P[shuffle_P], rows_P[shuffle_P]
         return Window(epoch * clips + int(starts_W[index]), epoch, chosen, slots_P, rows_P)
+
+    def by_length(self, window: Window, num_samples_P: np.ndarray) -> Window:
+        """The window in its final order, once the lengths of its clips are known, by its own positions.
+
+        With buckets its clips, sorted by bucket and at random within one, are dealt to the global batches that lie in
+        it, whose order is random too.
+        """
+        if self.buckets is None:
+            return window
+        sorted_P = np.argsort(self.buckets.places_of(num_samples_P), kind="stable")
+        size = self.buckets.batch_clips
+        first, clips = window.first_position, len(sorted_P)
+        starts = np.array(sorted({0, *range(-first % size, clips, size)}), dtype=np.int64)
+        lengths = np.diff(starts, append=clips)
+        chosen_P = np.empty_like(sorted_P)
+        taken = 0
+        for batch in _generator(self.seed, first, clips, 2).permutation(len(starts)):
+            chosen_P[starts[batch] : starts[batch] + lengths[batch]] = sorted_P[taken : taken + lengths[batch]]
+            taken += lengths[batch]
+        return replace(window, slots_P=window.slots_P[chosen_P], rows_P=window.rows_P[chosen_P])
 
     def window_at(self, position: int) -> int:
         """The ordinal of the window that holds a position."""
@@ -158,10 +196,11 @@ def build_plan(
     shuffle_window_clips: int = 1024,
     shuffled: bool = True,
     weigh: Callable[[tuple[RowGroupRef, ...]], ClipWeights] | None = None,
+    buckets: LengthBuckets | None = None,
 ) -> ClipPlan:
     """The plan over the clips of the given folds and splits; empty means all. UserError where nothing matches.
 
-    weigh: gives the weights of the chosen row groups' clips, for balanced sampling.
+    weigh: gives the weights of the chosen row groups' clips, for balanced sampling. buckets: see `ClipPlan.by_length`.
     """
     _check_exist("data.folds", folds, {group.fold for shard in manifest.shards for group in shard.row_groups})
     _check_exist("data.splits", splits, {group.split for shard in manifest.shards for group in shard.row_groups})
@@ -177,7 +216,8 @@ def build_plan(
             f"data.folds={list(folds)}, data.splits={list(splits)}: no clip of {manifest.name!r} is in both; widen them"
         )
     per_window = max(1, round(shuffle_window_clips * len(chosen) / clips))
-    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled, weigh(chosen) if weigh else None)
+    weights = weigh(chosen) if weigh else None
+    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled, weights, buckets)
 
 
 def balancing_weights(labels_by_group: Sequence[Sequence[Sequence[int]]], num_labels: int) -> ClipWeights:

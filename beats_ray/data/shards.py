@@ -55,7 +55,7 @@ class WindowReader:
                 begun = time.perf_counter()
                 tables = list(threads.map(self.read_row_group, window.row_groups))
                 seconds = (time.perf_counter() - begun) / max(1, len(window.rows_P))
-                rows = _WindowRows(window, tables, seconds)
+                rows = _WindowRows(self.plan, window, tables, seconds)
                 first, last = max(start, window.first_position), min(stop, window.stop_position)
                 cuts = range(first + (start - first) % table_clips, last, table_clips)
                 for begin, end in pairwise(sorted({first, *cuts, last})):
@@ -174,18 +174,20 @@ def check_labels(labels: Place, manifest: DatasetManifest, dataset: Place) -> st
 class _WindowRows:
     """The rows of a window's row groups in the order of the plan. The audio of a row is copied once."""
 
-    def __init__(self, window: Window, tables: Sequence[pa.Table], read_seconds: float) -> None:
-        self._window = window
+    def __init__(self, plan: ClipPlan, window: Window, tables: Sequence[pa.Table], read_seconds: float) -> None:
+        self._first_position = window.first_position
         self._read_seconds = read_seconds
-        clips_G = np.array([table.num_rows for table in tables])
-        self._row_P = (np.cumsum(clips_G) - clips_G)[window.slots_P] + window.rows_P
         self._others = pa.concat_tables([table.drop_columns(["audio"]) for table in tables]).combine_chunks()
+        clips_G = np.array([table.num_rows for table in tables])
+        first_G = np.cumsum(clips_G) - clips_G
+        num_samples_P = self._others.column("num_samples").to_numpy()[first_G[window.slots_P] + window.rows_P]
+        window = plan.by_length(window, num_samples_P)
+        self._row_P = first_G[window.slots_P] + window.rows_P
         self._audio = [view for table in tables for view in binary_views(table.column("audio"))]
 
     def between(self, start: int, stop: int) -> pa.Table:
         """The rows of positions [start, stop)."""
-        first = self._window.first_position
-        row_B = self._row_P[start - first : stop - first]
+        row_B = self._row_P[start - self._first_position : stop - self._first_position]
         audio = [self._audio[row] for row in row_B]
         ends_B = np.cumsum([0, *map(len, audio)], dtype=np.int64)
         data = [None, pa.py_buffer(ends_B), pa.py_buffer(b"".join(audio))]

@@ -28,7 +28,15 @@ from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.plan import ClipPlan, ClipWeights, RowGroupRef, balancing_weights, build_plan
+from beats_ray.data.plan import (
+    SAMPLE_RATE_HZ,
+    ClipPlan,
+    ClipWeights,
+    LengthBuckets,
+    RowGroupRef,
+    balancing_weights,
+    build_plan,
+)
 from beats_ray.data.shards import WindowReader, check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, with_retries
 
@@ -88,6 +96,7 @@ def build_stream(
         splits=settings.splits,
         shuffle_window_clips=settings.shuffle_window_clips,
         weigh=weigher(dataset, manifest, settings),
+        buckets=length_buckets(settings, global_batch_size),
     )
     reader = open_reader(dataset, manifest, plan, settings, labels)
     spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
@@ -127,7 +136,7 @@ def read_alone(
     )  # fmt: skip
     (shard,) = stream.streaming_split(1, equal=True)
     return iterate_micro_batches(
-        shard, batch_size, settings.prefetch_blocks,
+        shard, batch_size, settings.prefetch_blocks, bucket_samples=bucket_samples_of(settings),
         first_step=0, stop_step=num_steps, global_batch_size=batch_size, rank=0, world_size=1,
     )  # fmt: skip
 
@@ -206,7 +215,19 @@ def example_spec(
         num_classes=len(manifest.label_names),
         clips_per_epoch=plan.clips_per_epoch,
         crop_seed=crop_seed,
+        bucket_samples=bucket_samples_of(settings),
     )
+
+
+def length_buckets(settings: StreamSettings, global_batch_size: int) -> LengthBuckets | None:
+    """What `build_plan` needs for `data.length_bucket_seconds`."""
+    samples = bucket_samples_of(settings)
+    return LengthBuckets(samples, clip_samples_of(settings.clip_seconds), global_batch_size) if samples else None
+
+
+def bucket_samples_of(settings: StreamSettings) -> int:
+    """Samples of `data.length_bucket_seconds`; 0 where clips are not brought together by length."""
+    return round(settings.length_bucket_seconds * SAMPLE_RATE_HZ)
 
 
 def read_windows(

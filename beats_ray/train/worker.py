@@ -82,6 +82,7 @@ class StreamedBatches:
         import ray.train
 
         from beats_ray.data.batches import iterate_micro_batches
+        from beats_ray.data.stream import bucket_samples_of
 
         settings = self._run.train
         return iterate_micro_batches(
@@ -93,6 +94,7 @@ class StreamedBatches:
             global_batch_size=settings.global_batch_size,
             rank=self._context.rank,
             world_size=self._context.world_size,
+            bucket_samples=bucket_samples_of(self._run.data),
             device=self._context.device,
         )
 

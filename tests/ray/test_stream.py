@@ -285,7 +285,14 @@ def test_damaged_shards_are_named(tmp_path: Path, column: str, values: list[Any]
 
 
 def read_with_workers(
-    stream: Any, workers: int, first_step: int, global_batch: int, micro_batch: int, stop_step: int = 9
+    stream: Any,
+    workers: int,
+    first_step: int,
+    global_batch: int,
+    micro_batch: int,
+    stop_step: int = 9,
+    *,
+    bucket: int = 0,
 ) -> list[list[MicroBatch]]:
     """Each worker's micro-batches, iterated by tasks that run at the same time, as training processes do."""
     import ray
@@ -302,6 +309,7 @@ def read_with_workers(
                 global_batch_size=global_batch,
                 rank=rank,
                 world_size=workers,
+                bucket_samples=bucket,
             )
         )
 
@@ -430,6 +438,36 @@ def test_cached_clips_give_the_batches_of_the_stream_bit_for_bit(
         "patch_labels": [batch.patch_labels_BN for batch in batches if batch.patch_labels_BN is not None],
     }.items():
         assert np.array_equal(torch.cat(tensors).numpy(), expected[name]), name
+
+
+@pytest.mark.ray
+def test_batches_of_like_lengths_are_padded_to_their_bucket_whether_cached_or_streamed(
+    cluster: EmbeddedObjectStore, dataset: Place, tmp_path: Path
+) -> None:
+    from beats_ray.data.cache import materialize_clips
+
+    manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
+    write_labels(labels, dataset, manifest)
+    settings, bucket = SETTINGS.model_copy(update={"length_bucket_seconds": 0.2}), 3200
+    sizes = {"global_batch_size": 6, "micro_batch_size": 3}
+    stream = build_stream(
+        dataset, manifest, settings, seed=4, start_step=2, stop_step=20, num_workers=2, labels=labels, **sizes
+    )
+    streamed = read_with_workers(stream, 2, 2, 6, 3, 20, bucket=bucket)
+    cache = materialize_clips(dataset, manifest, settings, labels=labels)
+    for rank, batches in enumerate(streamed):
+        cached = cache.batches(seed=4, start_step=2, stop_step=20, rank=rank, world_size=2, **sizes)
+        for one, other in zip(batches, cached, strict=True):
+            assert one.clip_ids == other.clip_ids
+            assert torch.equal(one.audio_BS, other.audio_BS)
+            assert one.patch_labels_BN is not None
+            assert torch.equal(one.patch_labels_BN, other.patch_labels_BN)
+            longest = int(one.num_samples_B.max())
+            assert one.audio_BS.shape[1] == -(-longest // bucket) * bucket
+            assert one.patch_labels_BN.shape[1] == patch_labels_in(one.audio_BS.shape[1])
+    epoch = [clip for step in range(7, 16) for batches in streamed for clip in batches[step].clip_ids]
+    assert sorted(epoch) == sorted(planned_ids(dataset, manifest))  # steps 9 to 17: the second epoch of 54 clips
+    assert {batch.audio_BS.shape[1] for batches in streamed for batch in batches} >= {6400, 9600, 12800}
 
 
 @pytest.mark.ray

@@ -14,6 +14,7 @@ from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
 from beats_ray.data.plan import (
     SAMPLES_PER_PATCH_ROW,
     ClipPlan,
+    LengthBuckets,
     RowGroupRef,
     balancing_weights,
     build_plan,
@@ -125,6 +126,27 @@ def test_any_number_of_workers_trains_on_the_same_clips_in_each_step(workers: in
         ]
         found = [clip for start in starts for clip in clips_between(plan, start, start + micro_batch)]
         assert sorted(found) == sorted(whole[step * global_batch : (step + 1) * global_batch])
+
+
+def test_length_buckets_keep_every_clip_and_bring_like_lengths_together() -> None:
+    buckets = LengthBuckets(bucket_samples=100, clip_samples=2000, batch_clips=8)
+    plan = build_plan(MANIFEST, seed=3, shuffle_window_clips=70, buckets=buckets)
+    window = plan.window(1)
+    assert window.first_position % 8  # its first and last batch lie in other windows too
+    num_samples_P = np.random.default_rng(0).integers(100, 3000, len(window.rows_P))
+    length_of = dict(zip(zip(window.slots_P, window.rows_P, strict=True), num_samples_P, strict=True))
+    ordered = plan.by_length(window, num_samples_P)
+    clips = list(zip(ordered.slots_P, ordered.rows_P, strict=True))
+    assert sorted(clips) == sorted(length_of)
+    places = buckets.places_of(np.array([length_of[clip] for clip in clips]))
+    batch_P = np.arange(window.first_position, window.stop_position) // 8
+    batches = sorted((places[batch_P == batch].tolist() for batch in np.unique(batch_P)), key=min)
+    assert [place for batch in batches for place in batch] == sorted(places)  # no two of them overlap
+    assert places.tolist() != sorted(places)  # but short ones do not come first
+    assert np.array_equal(plan.by_length(window, num_samples_P).rows_P, ordered.rows_P)
+    other = build_plan(MANIFEST, seed=4, shuffle_window_clips=70, buckets=buckets).by_length(window, num_samples_P)
+    assert not np.array_equal(other.rows_P, ordered.rows_P)
+    assert build_plan(MANIFEST, seed=3).by_length(window, num_samples_P) is window
 
 
 def test_folds_and_splits_choose_row_groups() -> None:
