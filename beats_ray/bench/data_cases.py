@@ -186,7 +186,7 @@ def _clips(config: BenchConfig) -> Iterator[tuple[str, bytes]]:
 
 @lru_cache(maxsize=1)
 def _distinct(seconds: float) -> list[bytes]:
-    from beats_ray.data.decode import encode_flac
+    from beats_ray.data.flac import encode_flac
     from beats_ray.data.sample import make_clip
 
     waves = [make_clip(index, 0, seconds) for index in range(DISTINCT_CLIPS)]

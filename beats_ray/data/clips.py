@@ -11,7 +11,7 @@ from itertools import pairwise, repeat
 import numpy as np
 import pyarrow as pa
 
-from beats_ray.data.decode import decode_flac
+from beats_ray.data.flac import decode_flac
 from beats_ray.data.plan import (
     LABELS_PER_PATCH_ROW,
     SAMPLE_RATE_HZ,

@@ -1,7 +1,6 @@
-"""Audio files of any common kind to 16 kHz, mono, int16, and back to FLAC, the form that shards hold.
+"""Audio files of any common kind to 16 kHz, mono, int16.
 
-wave = decode_clip(path.read_bytes(), path.name)      # BadAudio tells why a file cannot be used
-assert (decode_flac(encode_flac(wave), len(wave)) == wave).all()
+wave = decode_clip(path.read_bytes(), path.name)  # BadAudio tells why a file cannot be used
 
 libsndfile reads WAV, FLAC, Ogg, MP3, AIFF, AU, CAF and their like; AAC, WMA, WebM and others are left to torchcodec or
 to an `ffmpeg` program, whichever is there.
@@ -21,18 +20,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
-import miniaudio
 import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from beats_ray.data.flac import WaveInt16
 from beats_ray.data.plan import SAMPLE_RATE_HZ
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 MIN_SAMPLES = 400  # 25 ms: a shorter clip has not a single filterbank frame
 LOWEST_RATE_HZ = 1_000
@@ -63,7 +59,6 @@ OTHER_STARTS = {
 FFMPEG_INPUT = ("-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file,pipe", "-i")
 FFMPEG_OUTPUT = ("-map", "0:a:0", "-t", str(LONGEST_SECONDS + 1), "-c:a", "pcm_f32le", "-f", "wav", "pipe:1")
 
-WaveInt16 = NDArray[np.int16]
 Block = NDArray[np.float32]  # frames, channels
 
 
@@ -100,40 +95,6 @@ def decode_clip(data: bytes, name: str, timeout_seconds: float | None = None) ->
     if wave.size < MIN_SAMPLES:
         raise BadAudio("too-short", f"{name}: {wave.size / SAMPLE_RATE_HZ * 1000:.1f} ms, less than one 25 ms frame")
     return wave
-
-
-def encode_flac(wave: WaveInt16) -> bytes:
-    """The waveform as FLAC, 16 kHz, mono, 16 bit; the same samples give the same bytes."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
-
-
-def decode_flac(data: "Buffer", num_samples: int) -> WaveInt16:
-    """The exact samples that `encode_flac` was given, which are num_samples; fewer where the data are damaged.
-
-    One sample more where the stream holds more. ValueError for what is no mono FLAC stream. Takes 0.6 of soundfile's
-    time.
-    """
-    wave = np.empty(num_samples + 1, np.int16)
-    stream = miniaudio.ffi.from_buffer(data)
-    if _flac_channels(bytes(memoryview(data)[:21])) != 1:  # the decoder writes one sample for each channel
-        raise ValueError("not a mono FLAC stream")
-    decoder = miniaudio.lib.ma_dr_flac_open_memory(stream, len(stream), miniaudio.ffi.NULL)
-    if not decoder:
-        raise ValueError("not a FLAC stream")
-    try:
-        found = miniaudio.lib.ma_dr_flac_read_pcm_frames_s16(
-            decoder, len(wave), miniaudio.ffi.cast("ma_int16 *", wave.ctypes.data)
-        )
-    finally:
-        miniaudio.lib.ma_dr_flac_close(decoder)
-    return wave[:found]
-
-
-def _flac_channels(head: bytes) -> int:
-    """Channels by the STREAMINFO block, which every FLAC stream begins with; 0 where it does not."""
-    return (head[20] >> 1 & 7) + 1 if len(head) == 21 and head.startswith(b"fLaC") and head[4] & 0x7F == 0 else 0
 
 
 # --- Blocks of any rate to the wave -----------------------------------------------------------------------------------

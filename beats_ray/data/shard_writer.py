@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beats_ray.data.archives import read_member
-from beats_ray.data.decode import BadAudio, WaveInt16, decode_clip, encode_flac
+from beats_ray.data.decode import BadAudio, decode_clip
+from beats_ray.data.flac import WaveInt16, encode_flac
 from beats_ray.data.manifest import RowGroup, Shard
 from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.source import Quarantined, SourceClip

@@ -24,7 +24,7 @@ from beats_ray.config import (
     replace,
 )
 from beats_ray.console import Console
-from beats_ray.data.decode import decode_flac
+from beats_ray.data.flac import decode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
 from beats_ray.data.storage import Place, open_place, read_table, write_table
 from beats_ray.embed import run_embed

@@ -12,7 +12,8 @@ import torch
 
 from beats_ray.config import LayoutSettings, PrepareConfig, UserError, load_config
 from beats_ray.data.datasets.esc50 import read_esc50
-from beats_ray.data.decode import decode_clip, decode_flac
+from beats_ray.data.decode import decode_clip
+from beats_ray.data.flac import decode_flac
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.prepare import TooManyBadClips, plan_shards, prepare
 from beats_ray.data.sample import make_sample_set

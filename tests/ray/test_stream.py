@@ -13,7 +13,7 @@ import torch
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import clip_samples_of, example_decoder
-from beats_ray.data.decode import encode_flac
+from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
 from beats_ray.data.shards import check_labels, check_schema

@@ -13,7 +13,7 @@ import pytest
 
 from beats_ray.config import PrepareConfig, PrepareSettings, RaySettings, StreamSettings
 from beats_ray.data.batches import iterate_micro_batches
-from beats_ray.data.decode import encode_flac
+from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest
 from beats_ray.data.sample import make_sample_set
 from beats_ray.data.shard_writer import SCHEMA

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from beats_ray.data import decode
-from beats_ray.data.decode import BadAudio, WaveInt16, decode_clip
+from beats_ray.data.decode import BadAudio, decode_clip
+from beats_ray.data.flac import WaveInt16
 from beats_ray.data.source import AUDIO_SUFFIXES, list_audio
 from beats_ray.data.storage import open_place
 from tests.unit.data.broken_files import (

@@ -17,7 +17,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from beats_ray.data import decode
-from beats_ray.data.decode import BadAudio, decode_clip, decode_flac, encode_flac
+from beats_ray.data.decode import BadAudio, decode_clip
+from beats_ray.data.flac import decode_flac, encode_flac
 from tests.unit.data.broken_files import chunk, mp3_frame_end, wav
 
 pytestmark = pytest.mark.unit
