@@ -17,6 +17,7 @@ from beats_ray.data.prepare import prepare
 from beats_ray.data.sample import make_sample_set
 from beats_ray.data.storage import open_place
 from beats_ray.data.stream import build_eval_stream, read_alone
+from beats_ray.data.verify import verify
 from beats_ray.objectstore import EmbeddedObjectStore
 
 pytestmark = pytest.mark.ray
@@ -104,6 +105,23 @@ def test_errors_cut_connections_and_stalls_lose_and_repeat_nothing(dataset: str,
     assert proxy.counts["errors"] >= 5
     assert proxy.counts["cuts"] >= 3
     assert proxy.counts["stalls"] >= 1
+
+
+def test_verify_asks_again_whatever_it_reads(dataset: str, proxy: FaultProxy) -> None:
+    status = 501  # so that asking again is not pyarrow's doing
+
+    def answer_most() -> None:
+        while proxy.counts["errors"] < 3:  # all of them for dataset.json
+            time.sleep(0.01)
+        proxy.rates = FaultRates(errors=0.1, statuses=(status,))
+
+    proxy.counts.clear()
+    proxy.rates = FaultRates(errors=1.0, statuses=(status,))
+    threading.Thread(target=answer_most, daemon=True).start()
+    accounts = verify(dataset, lambda *_: None, retry_seconds=60.0)
+    proxy.rates = FaultRates()
+    assert (accounts.clips, accounts.source_files) == (NUM_CLIPS, NUM_CLIPS)
+    assert proxy.counts["errors"] >= 20
 
 
 def test_a_server_that_is_restarted_in_mid_epoch_costs_nothing_but_time(

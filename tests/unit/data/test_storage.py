@@ -301,7 +301,7 @@ def test_what_gcs_refuses_is_not_asked_again_and_what_passes_is(
     monkeypatch: pytest.MonkeyPatch, status: int, passing: bool
 ) -> None:
     monkeypatch.setattr(stores, "GCS_RETRY_SECONDS", 1)
-    with FaultProxy(lambda: "", FaultRates(errors=1.0), error_statuses=(status,)) as proxy:
+    with FaultProxy(lambda: "", FaultRates(errors=1.0, statuses=(status,))) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
         started = time.monotonic()
         with pytest.raises(StorageError, match=r"^gs://beats/x: object store at http://127\.0\.0\.1:") as caught:
