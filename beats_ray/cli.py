@@ -234,7 +234,7 @@ def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
 
     def job(console: Console) -> list[tuple[str, str]]:
         console.stage(f"verify {dataset}")
-        console.note(str(_load("data.verify:verify")(dataset, console.progress)))
+        console.note(str(_load("data.verify:verify")(dataset, console.progress, settings.data.retry_seconds)))
         return []
 
     _run_on_cluster(settings.ray, job)

@@ -93,6 +93,11 @@ class PrepareSettings(Section):
     """How long a read or a write is tried again while the object store answers with errors or not at all."""
 
 
+class VerifySettings(Section):
+    retry_seconds: PositiveFloat = 120.0
+    """How long a read is tried again while the object store answers with errors or not at all."""
+
+
 class StreamSettings(Section):
     path: str = ""
     """Prepared data set: the folder that holds `dataset.json`."""
@@ -435,6 +440,7 @@ class PrepareConfig(Job):
 
 class VerifyConfig(Section):
     ray: RaySettings = RaySettings()
+    data: VerifySettings = VerifySettings()
 
 
 class PretrainConfig(Job, PretrainSettings):

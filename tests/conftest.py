@@ -1,6 +1,7 @@
 """Rules for every test: it says how long it takes, and it never reaches the developer's own cloud account."""
 
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,9 @@ KINDS = ("unit", "ray", "slow", "gpu")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 for _name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"):
     os.environ[_name] = os.devnull
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

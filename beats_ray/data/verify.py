@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from beats_ray.config import UserError
+from beats_ray.config import UserError, VerifySettings
 from beats_ray.data.clips import decode_clips
 from beats_ray.data.manifest import DatasetManifest, Shard, read_manifest
 from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.prepare import quiet_ray_data
 from beats_ray.data.shard_writer import SCHEMA
-from beats_ray.data.storage import Place, open_place, read_table
+from beats_ray.data.storage import Place, open_place, read_table, with_retries
 
 SHOWN_FAULTS = 5
 THREADS = 16
@@ -53,17 +53,22 @@ class Accounts:
         )
 
 
-def verify(dataset_uri: str, on_progress: Callable[[int, int], None]) -> Accounts:
+def verify(
+    dataset_uri: str,
+    on_progress: Callable[[int, int], None],
+    retry_seconds: float = VerifySettings().retry_seconds,
+) -> Accounts:
     """Checks a prepared data set, on an initialised Ray; `on_progress` gets (clips done, clips).
 
-    DatasetDamaged, naming the first faults, where anything is not as `dataset.json` says.
+    DatasetDamaged, naming the first faults, where anything is not as `dataset.json` says. Reads that fail are repeated
+    for `retry_seconds`.
     """
     import ray
 
     dataset = open_place(dataset_uri)
-    manifest = read_manifest(dataset)
+    manifest = with_retries(lambda: read_manifest(dataset), retry_seconds)
     items = [{"shard": shard.model_dump_json()} for shard in manifest.shards]
-    check = partial(_check_row, dataset=dataset, num_labels=len(manifest.label_names))
+    check = partial(_check_row, dataset=dataset, num_labels=len(manifest.label_names), retry_seconds=retry_seconds)
     faults: list[str] = []
     ids: list[pa.Array] = []
     clips = samples = 0
@@ -76,7 +81,7 @@ def verify(dataset_uri: str, on_progress: Callable[[int, int], None]) -> Account
                 samples += row["samples"]
                 on_progress(clips, manifest.clips)
     faults += _duplicates(ids)
-    accounts, more = _close_books(dataset, manifest)
+    accounts, more = _close_books(dataset, manifest, partial(with_retries, seconds=retry_seconds))
     faults += more
     if clips != manifest.clips:
         faults.append(f"the shards hold {clips} clips, dataset.json says clips={manifest.clips}")
@@ -90,22 +95,23 @@ def verify(dataset_uri: str, on_progress: Callable[[int, int], None]) -> Account
     return accounts
 
 
-def _check_row(row: dict[str, Any], dataset: Place, num_labels: int) -> dict[str, Any]:
+def _check_row(row: dict[str, Any], dataset: Place, num_labels: int, retry_seconds: float) -> dict[str, Any]:
     shard = Shard.model_validate_json(row["shard"])
     found: dict[str, Any] = {"faults": [], "clip_hashes": [], "clips": 0, "samples": 0}
-    for fault in _check_shard(dataset, shard, num_labels, found):
-        found["faults"].append(f"shards/{shard.file}: {fault}")
+    columns = ["clip_id", "row_group", "num_samples"]
+    try:
+        data = with_retries((dataset / "shards" / shard.file).read_bytes, retry_seconds)
+        index = with_retries(lambda: read_table(dataset / "index" / shard.file, columns), retry_seconds)
+    except FileNotFoundError:
+        faults: Iterable[str] = ["it or its index is missing"]
+    else:
+        faults = _check_shard(data, index, shard, num_labels, found)
+    found["faults"] += [f"shards/{shard.file}: {fault}" for fault in faults]
     return found
 
 
-def _check_shard(dataset: Place, shard: Shard, num_labels: int, found: dict[str, Any]) -> Iterable[str]:
+def _check_shard(data: bytes, index: pa.Table, shard: Shard, num_labels: int, found: dict[str, Any]) -> Iterable[str]:
     """Yields what is wrong with one shard, and counts into `found`."""
-    try:
-        data = (dataset / "shards" / shard.file).read_bytes()
-        index = read_table(dataset / "index" / shard.file, ["clip_id", "row_group", "num_samples"])
-    except FileNotFoundError:
-        yield "it or its index is missing"
-        return
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         yield "its checksum is not that of dataset.json"
         return
@@ -144,16 +150,22 @@ def _duplicates(ids: list[pa.Array]) -> list[str]:
     return [f"{repeated} clip ids occur more than once"] if repeated else []
 
 
-def _close_books(dataset: Place, manifest: DatasetManifest) -> tuple[Accounts, list[str]]:
+def _close_books(
+    dataset: Place, manifest: DatasetManifest, insist: Callable[[Callable[[], Any]], Any]
+) -> tuple[Accounts, list[str]]:
     """Counts the source files in each account; the second value says what does not add up."""
+
+    def paths_in(place: Place, column: str) -> pa.ChunkedArray:
+        return insist(lambda: read_table(place, [column]))[column]
+
     with ThreadPoolExecutor(THREADS) as threads:
-        tables = threads.map(lambda place: read_table(place, ["source"])["source"], (dataset / "index").list())
+        tables = threads.map(lambda place: paths_in(place, "source"), insist((dataset / "index").list))
         used = {source for column in tables for source in column.unique().to_pylist()}
     listed: list[str] = list(used)
     counts: dict[str, int] = {}
     for name in ("quarantine", "skipped"):
         try:
-            paths = read_table(dataset / f"{name}.parquet", ["path"])["path"].to_pylist()
+            paths = paths_in(dataset / f"{name}.parquet", "path").to_pylist()
         except FileNotFoundError:
             return Accounts(0, 0, 0, 0, 0, 0), [f"{name}.parquet is missing"]
         counts[name] = len(paths)

@@ -27,6 +27,7 @@ SMALL = [
     "pretrain.train.warmup_steps=5",
     "pretrain.train.checkpoint_every_steps=10",
     "distill.encoder.overrides.num_layers=1",
+    "distill.tokenizer.init_batches=2",
     "distill.train.steps=8",
     "distill.train.warmup_steps=2",
     "finetune.train.steps=4",
@@ -34,6 +35,7 @@ SMALL = [
     "finetune.train.checkpoint_every_steps=2",
     "finetune.validate_every_steps=2",
     "sweep.num_trials=2",
+    "inference.num_workers=1",
 ]
 
 
@@ -87,7 +89,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float, demo:
 @pytest.mark.timeout(1200)
 def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     data = tmp_path / "clips"
-    make_sample_set(data, num_clips=100)
+    make_sample_set(data, num_clips=50)
     demo = Demo(data, tmp_path / "demo")
 
     first = demo.start()

@@ -5,18 +5,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.fault_proxy import FaultProxy, FaultRates
 
-from beats_ray.config import PrepareConfig, RaySettings, StreamSettings, load_config
+from beats_ray.config import PrepareConfig, StreamSettings, load_config
 from beats_ray.data.batches import iterate_eval_batches
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.prepare import prepare
 from beats_ray.data.sample import make_sample_set
 from beats_ray.data.storage import open_place
 from beats_ray.data.stream import build_eval_stream, read_alone
-from beats_ray.launch import ray_cluster
+from beats_ray.data.verify import verify
 from beats_ray.objectstore import EmbeddedObjectStore
 
 pytestmark = pytest.mark.ray
@@ -28,24 +29,10 @@ SETTINGS = StreamSettings(clip_seconds=0.5, shuffle_window_clips=32, retry_secon
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedObjectStore]:
-    with EmbeddedObjectStore(tmp_path_factory.mktemp("store")) as running:
-        running.make_bucket("beats")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def proxy(store: EmbeddedObjectStore) -> Iterator[FaultProxy]:
-    with FaultProxy(lambda: store.endpoint, FaultRates()) as running, pytest.MonkeyPatch.context() as environment:
-        for name, value in store.environment().items():
-            environment.setenv(name, running.endpoint if "ENDPOINT" in name else value)
-        yield running
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(proxy: FaultProxy) -> Iterator[None]:
-    with ray_cluster(RaySettings(address="local", num_cpus=4, object_store_mib=300)):
-        yield
+def proxy(shared: Any) -> Iterator[FaultProxy]:
+    """The proxy, which makes no mistakes any more after the module."""
+    yield shared.proxy
+    shared.proxy.rates = FaultRates()
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +43,18 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: None, proxy: FaultProxy, raw: Path) -> str:
+def dataset(proxy: FaultProxy, raw: Path) -> str:
     """Prepared over a link that fails already."""
     settings = ["data.row_group_clips=8", "data.shard_mib=0.5"]
     proxy.rates = FaultRates(errors=0.1)
-    prepare(load_config(PrepareConfig, None, settings, source=str(raw), output="s3://beats/data"), lambda *_: None)
+    prepare(load_config(PrepareConfig, None, settings, source=str(raw), output="s3://faults/data"), lambda *_: None)
     proxy.rates = FaultRates()
-    return "s3://beats/data"
+    return "s3://faults/data"
 
 
 @pytest.mark.slow
 def test_prepare_outlives_faults_and_an_outage_with_the_same_bytes(proxy: FaultProxy, raw: Path) -> None:
-    open_place("s3://beats/raw").upload(raw)
+    open_place("s3://faults/raw").upload(raw)
     settings = ["data.row_group_clips=8", "data.shard_mib=0.5", "data.retry_seconds=60"]
     faulty = FaultRates(errors=0.10, cuts=0.05)
 
@@ -84,14 +71,14 @@ def test_prepare_outlives_faults_and_an_outage_with_the_same_bytes(proxy: FaultP
         if name == "faulty":
             proxy.rates = faulty
             outage.start()
-        config = load_config(PrepareConfig, None, settings, source="s3://beats/raw", output=f"s3://beats/{name}")
+        config = load_config(PrepareConfig, None, settings, source="s3://faults/raw", output=f"s3://faults/{name}")
         assert prepare(config, lambda *_: None).clips == NUM_CLIPS
     outage.join()
     proxy.rates = FaultRates()
     print(f"faults of one prepare: {dict(proxy.counts)}")
     assert proxy.counts["errors"] >= 100
     assert proxy.counts["cuts"] >= 20
-    sound, faulty_output = open_place("s3://beats/sound"), open_place("s3://beats/faulty")
+    sound, faulty_output = open_place("s3://faults/sound"), open_place("s3://faults/faulty")
     names = sound.sizes(recursive=True)
     assert faulty_output.sizes(recursive=True) == names
     assert len(names) >= 2 * 16 + 3
@@ -118,6 +105,23 @@ def test_errors_cut_connections_and_stalls_lose_and_repeat_nothing(dataset: str,
     assert proxy.counts["errors"] >= 5
     assert proxy.counts["cuts"] >= 3
     assert proxy.counts["stalls"] >= 1
+
+
+def test_verify_asks_again_whatever_it_reads(dataset: str, proxy: FaultProxy) -> None:
+    status = 501  # so that asking again is not pyarrow's doing
+
+    def answer_most() -> None:
+        while proxy.counts["errors"] < 3:  # all of them for dataset.json
+            time.sleep(0.01)
+        proxy.rates = FaultRates(errors=0.1, statuses=(status,))
+
+    proxy.counts.clear()
+    proxy.rates = FaultRates(errors=1.0, statuses=(status,))
+    threading.Thread(target=answer_most, daemon=True).start()
+    accounts = verify(dataset, lambda *_: None, retry_seconds=60.0)
+    proxy.rates = FaultRates()
+    assert (accounts.clips, accounts.source_files) == (NUM_CLIPS, NUM_CLIPS)
+    assert proxy.counts["errors"] >= 20
 
 
 def test_a_server_that_is_restarted_in_mid_epoch_costs_nothing_but_time(
@@ -160,7 +164,7 @@ def test_a_server_that_is_gone_for_good_ends_the_stream_with_one_clear_line(
         assert time.monotonic() - started < 120
         mistake = find_user_error(caught.value)
         assert mistake is not None
-        assert str(mistake).startswith("s3://beats/data/shards/")
+        assert str(mistake).startswith("s3://faults/data/shards/")
         assert "check AWS_ENDPOINT_URL and that the store runs" in str(mistake)
     finally:
         store.start()

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,6 @@ import torch
 from beats_ray.config import (
     EmbedConfig,
     EvaluateConfig,
-    RaySettings,
     StreamSettings,
     TokenizeConfig,
     UserError,
@@ -30,7 +28,6 @@ from beats_ray.data.storage import Place, open_place, read_table, write_table
 from beats_ray.embed import run_embed
 from beats_ray.evaluate import run_evaluate
 from beats_ray.inference import map_clips, pad_clips, row_group_spans
-from beats_ray.launch import ray_cluster
 from beats_ray.models import (
     BeatsEncoder,
     RandomProjectionConfig,
@@ -42,6 +39,7 @@ from beats_ray.models import (
     save_model,
     save_released,
 )
+from beats_ray.objectstore import EmbeddedObjectStore
 from beats_ray.tokenize import run_tokenize
 
 pytestmark = pytest.mark.ray
@@ -98,13 +96,7 @@ class SumWorker:
         }
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_cluster(RaySettings(address="local", num_cpus=4, object_store_mib=200)):
-        yield
-
-
-def test_every_chosen_clip_is_mapped_once_with_its_own_samples(cluster: None, tmp_path: Path) -> None:
+def test_every_chosen_clip_is_mapped_once_with_its_own_samples(cluster: EmbeddedObjectStore, tmp_path: Path) -> None:
     dataset, manifest = build_dataset(tmp_path)
     spans = row_group_spans(manifest, folds=(1, 3))
     tables = list(
@@ -125,7 +117,7 @@ def test_every_chosen_clip_is_mapped_once_with_its_own_samples(cluster: None, tm
         assert row["fold"] == row["row"] // ROW_GROUP_CLIPS + 1
 
 
-def test_more_workers_than_cpus_is_the_users_mistake(cluster: None, tmp_path: Path) -> None:
+def test_more_workers_than_cpus_is_the_users_mistake(cluster: EmbeddedObjectStore, tmp_path: Path) -> None:
     dataset, manifest = build_dataset(tmp_path)
     with pytest.raises(UserError, match=r"num_workers=9 needs 9.5 CPUs, the cluster has 4"):
         list(map_clips(dataset, manifest, SumWorker, batch_clips=1, num_workers=9))
@@ -135,7 +127,9 @@ def read_labels(output: Place, name: str) -> list[dict[str, Any]]:
     return list(read_table(output / "shards" / name).to_pylist())
 
 
-def test_tokenize_labels_every_clip_in_place_and_goes_on_where_it_stopped(cluster: None, tmp_path: Path) -> None:
+def test_tokenize_labels_every_clip_in_place_and_goes_on_where_it_stopped(
+    cluster: EmbeddedObjectStore, tmp_path: Path
+) -> None:
     """One shard is written by hand as if by an earlier run: it must stay as it is, the other must be computed."""
     dataset, manifest = build_dataset(tmp_path / "data")
     tokenizer = RandomProjectionTokenizer(RandomProjectionConfig(num_codes=64))
@@ -180,7 +174,7 @@ def test_labels_of_another_tokenizer_are_refused_before_anything_runs(tmp_path: 
         run_tokenize(config, Console())
 
 
-def test_evaluate_probes_an_encoder_over_all_folds(cluster: None, tmp_path: Path) -> None:
+def test_evaluate_probes_an_encoder_over_all_folds(cluster: EmbeddedObjectStore, tmp_path: Path) -> None:
     dataset, _ = build_dataset(tmp_path / "data")
     torch.manual_seed(0)
     model = save_model(BeatsEncoder(encoder_config("tiny")), tmp_path / "encoder")
@@ -195,7 +189,7 @@ def test_evaluate_probes_an_encoder_over_all_folds(cluster: None, tmp_path: Path
 
 @pytest.mark.parametrize(("pooling", "layer"), [("mean", None), ("none", 2)])
 def test_embed_writes_what_the_encoder_gives_each_clip_alone_and_goes_on_where_it_stopped(
-    cluster: None, tmp_path: Path, pooling: Literal["mean", "none"], layer: int | None
+    cluster: EmbeddedObjectStore, tmp_path: Path, pooling: Literal["mean", "none"], layer: int | None
 ) -> None:
     dataset, _ = build_dataset(tmp_path / "data")
     torch.manual_seed(0)
@@ -221,7 +215,8 @@ def test_embed_writes_what_the_encoder_gives_each_clip_alone_and_goes_on_where_i
         assert found.shape == expected.shape
         assert (found - expected).abs().max() < 1e-4
     assert (output / "embeddings.json").read_json()["width"] == 128
-
+    if pooling == "mean":
+        return  # going on does not depend on what is written
     (output / "embeddings.json").delete()
     (output / "shards" / "00001.parquet").delete()
     kept = Path((output / "shards" / "00000.parquet").path).stat().st_mtime_ns

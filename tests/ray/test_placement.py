@@ -1,8 +1,5 @@
 """Reading and decoding on their own nodes: a cluster of several raylets, and where the tasks of the stream ran."""
 
-import logging
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,48 +17,27 @@ from beats_ray.launch import check_fits
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[2]
 NUM_CLIPS = 64
 WAIT_SECONDS = 10.0
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head node, which trains; ends by its own handle."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-    ):
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        patch.setattr("ray._private.utils.write_ray_address", lambda *_: None)  # for all clusters of this machine
-        running = Cluster()
-        running.add_node(num_cpus=4, include_dashboard=False, temp_dir=folder)
-        ray.init(address=running.address, log_to_driver=False, logging_level=logging.ERROR)
-        yield running
-        ray.shutdown()
-        running.shutdown()
-
-
 @pytest.fixture
-def add_data_node(cluster: Any) -> Iterator[Callable[[], str]]:
+def add_data_node(shared: Any) -> Iterator[Callable[[], str]]:
     """Adds a node with the label, for the time of the test; returns its id."""
     added = []
 
     def add() -> str:
-        node = cluster.add_node(num_cpus=2, labels=dict(stream.DATA_NODE_LABELS))
+        node = shared.nodes.add_node(num_cpus=2, labels=dict(stream.DATA_NODE_LABELS))
         added.append(node)
         return str(node.node_id)
 
     yield add
     for node in added:
-        cluster.remove_node(node)
+        shared.nodes.remove_node(node)
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def dataset(shared: Any, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("data")
     make_sample_set(folder / "raw", num_clips=NUM_CLIPS, clip_seconds=0.5)
     config = load_config(PrepareConfig, None, [], source=str(folder / "raw"), output=str(folder / "out"))
@@ -155,7 +131,7 @@ def test_data_nodes_that_are_missing_are_named_and_waited_for(
 
 
 def test_a_training_run_says_at_its_start_that_data_nodes_are_missing(
-    cluster: Any, caplog: pytest.LogCaptureFixture
+    shared: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = TrainSettings(num_workers=1, cpus_per_worker=1)
     check_fits(train, StreamSettings(placement="data-nodes"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from beats_ray.data import decode
+from beats_ray.data import decode, decode_ffmpeg
 from tests.unit.data.broken_files import FOLDER, UNREADABLE, write_broken_files
 
 pytestmark = pytest.mark.slow
@@ -126,7 +126,7 @@ def work(folder: Path, index: int, seed: int, seconds: float) -> None:
     """Decodes mutants until the time is over; ends with an error at the first one that is not handled as it must be."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    decode._torchcodec = lambda: None  # type: ignore[assignment]
+    decode_ffmpeg._torchcodec = lambda: None  # type: ignore[assignment]
     os.environ["PATH"] = ""
     seeds, end, number = read_seeds(folder / "seeds"), time.monotonic() + seconds, index
     while time.monotonic() < end:

@@ -17,11 +17,13 @@ class FaultRates:
     """Parts of the requests that go wrong, each in its own way."""
 
     errors: float = 0.0
-    """Answered 500 or 503 without asking the server."""
+    """Answered with one of `statuses` without asking the server."""
     cuts: float = 0.0
     """The connection is closed in the middle of the body."""
     stalls: float = 0.0
     """Answered a second late."""
+    statuses: tuple[int, ...] = (500, 503)
+    """500 and 503 are asked again by pyarrow itself, five times; 501 is not."""
 
 
 class FaultProxy:
@@ -32,12 +34,10 @@ class FaultProxy:
         upstream: Callable[[], str],
         rates: FaultRates,
         seed: int = 0,
-        error_statuses: tuple[int, ...] = (500, 503),
     ) -> None:
         self.rates = rates
         self.counts: Counter[str] = Counter()
         self._upstream = upstream
-        self._error_statuses = error_statuses
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         proxy = self
@@ -72,7 +72,7 @@ class FaultProxy:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         with self._lock:
-            draw, status = self._random.random(), self._random.choice(self._error_statuses)
+            draw, status = self._random.random(), self._random.choice(self.rates.statuses)
             self.counts["requests"] += 1
         if draw < self.rates.errors:
             self._count("errors")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beats_ray.data import decode
-from beats_ray.data.decode import BadAudio, WaveInt16, decode_clip
+from beats_ray.data import decode_ffmpeg
+from beats_ray.data.decode import BadAudio, decode_clip
+from beats_ray.data.flac import WaveInt16
 from beats_ray.data.source import AUDIO_SUFFIXES, list_audio
 from beats_ray.data.storage import open_place
 from tests.unit.data.broken_files import (
@@ -35,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ex
 
 @pytest.fixture(autouse=True)
 def _nothing_but_libsndfile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_torchcodec", lambda: None)
+    monkeypatch.setattr(decode_ffmpeg, "_torchcodec", lambda: None)
     monkeypatch.setenv("PATH", "")
 
 

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from beats_ray.data import decode
+from beats_ray.data import decode_blocks, decode_ffmpeg
 from beats_ray.data.decode import BadAudio, decode_clip
 from beats_ray.data.flac import decode_flac, encode_flac
 from tests.unit.data.broken_files import chunk, mp3_frame_end, wav
@@ -82,7 +82,7 @@ def test_reading_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     noise = np.random.default_rng(0).normal(size=(88_200, 2)) * 0.2
     data = _file(noise, 44_100, "FLAC")
     whole = decode_clip(data, "x")
-    monkeypatch.setattr(decode, "BLOCK_VALUES", 20_014)
+    monkeypatch.setattr(decode_blocks, "BLOCK_VALUES", 20_014)
     blocks = decode_clip(data, "x")
     assert whole.shape == blocks.shape
     assert np.abs(whole.astype(int) - blocks).max() <= 1
@@ -175,9 +175,9 @@ def test_a_file_that_takes_too_long_is_given_up_between_two_blocks(
     monkeypatch: pytest.MonkeyPatch, limit_seconds: float
 ) -> None:
     data = _file(_tone(44_100), 44_100, "FLAC")
-    monkeypatch.setattr(decode, "BLOCK_VALUES", 4_410)
+    monkeypatch.setattr(decode_blocks, "BLOCK_VALUES", 4_410)
     clock = iter(range(1000))
-    monkeypatch.setattr(decode.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(decode_blocks.time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(BadAudio, match=f"clip.xyz: not decoded within {limit_seconds:g} s") as caught:
         decode_clip(data, "clip.xyz", timeout_seconds=limit_seconds)
     assert caught.value.reason == "timeout"
@@ -207,13 +207,13 @@ def test_a_recording_of_two_hours_is_in_memory_once() -> None:
 
 def test_many_channels_need_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data = wav(bytes(2 * 512 * 8_000), channels=512)
-    monkeypatch.setattr(decode, "BLOCK_VALUES", 1 << 16)
+    monkeypatch.setattr(decode_blocks, "BLOCK_VALUES", 1 << 16)
     decode_clip(data, "x")  # what is imported and cached at the first call does not count
     assert _peak_bytes(lambda: decode_clip(data, "x")) < 2 * 2**20
 
 
 def test_a_file_that_stands_for_weeks_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "LONGEST_SECONDS", 1)
+    monkeypatch.setattr(decode_blocks, "LONGEST_SECONDS", 1)
     assert _reason(_file(_tone(16_000), 16_000, "FLAC")) == "too-long"
 
 
@@ -258,7 +258,7 @@ WMA = bytes.fromhex("3026B2758E66CF11A6D900AA0062CE6C") + bytes(1000)
 
 @pytest.fixture
 def no_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_torchcodec", lambda: None)
+    monkeypatch.setattr(decode_ffmpeg, "_torchcodec", lambda: None)
 
 
 @pytest.fixture
@@ -374,10 +374,10 @@ def fake_torchcodec(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
     monkeypatch.setenv("PATH", "")
-    decode._torchcodec.cache_clear()
-    monkeypatch.setattr(decode, "BLOCK_VALUES", 20_000)
+    decode_ffmpeg._torchcodec.cache_clear()
+    monkeypatch.setattr(decode_blocks, "BLOCK_VALUES", 20_000)
     yield fake
-    decode._torchcodec.cache_clear()
+    decode_ffmpeg._torchcodec.cache_clear()
 
 
 @pytest.mark.parametrize("seconds", [SECONDS, None])
@@ -413,7 +413,7 @@ def test_a_torchcodec_without_its_libraries_is_none(monkeypatch: pytest.MonkeyPa
     def fail(_name: str) -> None:
         raise RuntimeError("Could not load libtorchcodec")
 
-    decode._torchcodec.cache_clear()
-    monkeypatch.setattr(decode.importlib, "import_module", fail)
-    assert decode._torchcodec() is None
-    decode._torchcodec.cache_clear()
+    decode_ffmpeg._torchcodec.cache_clear()
+    monkeypatch.setattr(decode_ffmpeg.importlib, "import_module", fail)
+    assert decode_ffmpeg._torchcodec() is None
+    decode_ffmpeg._torchcodec.cache_clear()

@@ -87,7 +87,6 @@ def run_program(path: Path) -> Callable[[Tensor, Tensor], list[Tensor]]:
 CASES = [
     (encoder, ".onnx"),
     (encoder, ".pt2"),
-    (pre_norm_encoder, ".onnx"),
     (multi_label, ".pt2"),
     (attentive, ".onnx"),
 ]
