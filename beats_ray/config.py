@@ -127,8 +127,8 @@ class StreamSettings(Section):
     """Where clips are read and decoded: on nodes with the label beats-ray/role=data where the cluster has some, on
     these only (an autoscaler then starts them), or anywhere."""
     buffer_mib: PositiveInt = 512
-    """Object-store memory that the stream may fill for each training worker, MiB; the clips of two shuffle windows,
-    still compressed, are half of it."""
+    """Object-store memory that the stream may fill for each training worker, MiB; never more than half of the cluster's
+    object store (`ray.object_store_mib` of a private one)."""
 
 
 class EncoderSettings(Section):

@@ -54,6 +54,7 @@ def run_embed(config: EmbedConfig, console: Console) -> list[tuple[str, str]]:
             batch_clips=config.batch_clips,
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
+            retry_seconds=config.data.retry_seconds,
         ):
             columns = rows.select(["clip_id", "clip_labels", "fold", "num_samples", "embedding"])
             write_shard(output, manifest.shards[index], columns.rename_columns([*_COLUMNS]))

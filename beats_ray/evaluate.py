@@ -61,6 +61,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> list[tuple[str, st
         "batch_clips": config.batch_clips,
         "num_workers": config.num_workers,
         "use_gpu": config.use_gpu,
+        "retry_seconds": config.data.retry_seconds,
         "console": console,
     }
     if kind == "encoder":

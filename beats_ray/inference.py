@@ -17,16 +17,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from beats_ray.config import UserError
+from beats_ray.config import StreamSettings, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, Shard
-from beats_ray.data.storage import Place, storage_errors
+from beats_ray.data.plan import RowGroupRef
+from beats_ray.data.shards import COLUMNS, read_row_group
+from beats_ray.data.storage import Place, with_retries
 from beats_ray.models.config import RELEASED_SUFFIXES
 
 if TYPE_CHECKING:  # reading tasks import this module too: without PyTorch they start in a second
@@ -38,6 +41,7 @@ READERS_PER_GPU = 8
 MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
 TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
 KINDS = ("encoder", "classifier", *TOKENIZER_KINDS)
+DEFAULTS = StreamSettings()
 KEPT_MODELS = 2  # downloaded models that stay on a node's disk
 
 
@@ -93,6 +97,7 @@ def map_clips(
     batch_clips: int = 16,
     num_workers: int = 2,
     use_gpu: bool = False,
+    retry_seconds: float = DEFAULTS.retry_seconds,
 ) -> Iterator[pa.Table]:
     """Yields tables of `shard, row, clip_id, clip_labels, fold` and the worker's columns, every chosen clip once.
 
@@ -112,7 +117,7 @@ def map_clips(
     )
     graph = graph.map_batches(
         _read_row_groups,
-        fn_args=(dataset,),
+        fn_args=(dataset, manifest.versions, retry_seconds),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=CPUS_PER_READER,
@@ -199,17 +204,17 @@ def _check_cluster(num_workers: int, use_gpu: bool) -> None:
 # --- inside the cluster -----------------------------------------------------------------------------------------------
 
 
-def _read_row_groups(spans: pa.Table, dataset: Place) -> Iterator[pa.Table]:
-    """Fetches row groups and decodes their FLAC; one output table per row group."""
-    import pyarrow.parquet as pq
-
+def _read_row_groups(
+    spans: pa.Table, dataset: Place, versions: dict[str, str], retry_seconds: float
+) -> Iterator[pa.Table]:
+    """Fetches row groups, again while storage fails, and decodes their FLAC; one output table per row group."""
     from beats_ray.data.clips import decode_clips
 
     for span in spans.to_pylist():
         place = dataset / "shards" / span["file"]
-        with storage_errors(place.uri), place.filesystem.open_input_file(place.path) as stream:
-            columns = ["clip_id", "audio", "num_samples", "labels", "fold"]
-            rows = pq.ParquetFile(stream, pre_buffer=True).read_row_group(span["row_group"], columns=columns)
+        group = RowGroupRef(span["file"], span["row_group"], span["clips"])
+        read = partial(read_row_group, place, versions[group.file], group, [*COLUMNS, "fold"])
+        rows = with_retries(read, retry_seconds)
         first = span["first_row"]
         yield pa.table(
             {

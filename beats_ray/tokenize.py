@@ -113,6 +113,7 @@ def _label_shards(
         batch_clips=config.batch_clips,
         num_workers=config.num_workers,
         use_gpu=config.use_gpu,
+        retry_seconds=config.data.retry_seconds,
     ):
         labels = rows.select(["clip_id", "patch_labels"]).rename_columns(["clip_id", "labels"])
         write_shard(output, manifest.shards[index], labels)

@@ -130,6 +130,9 @@ def iterate_micro_batches(
                 f"{expected + micro_batch_size - 1}, but holds {positions_B.tolist()}"
             )
         yield batch.to(device)
+        count -= 1
+    if count:
+        raise RuntimeError(f"data order: the stream of rank {rank} of {world_size} ended {count} micro-batches early")
 
 
 def iterate_eval_batches(

@@ -69,6 +69,11 @@ class DatasetManifest(Section):
     settings: dict[str, str | int | float] = {}
     """How `prepare` made it; the same source and settings give the same bytes."""
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The checksum of each shard, by file name."""
+        return {shard.file: shard.sha256 for shard in self.shards}
+
 
 def read_manifest(dataset: Place) -> DatasetManifest:
     """The manifest of a prepared data set. UserError where there is none, or it is of another format."""

@@ -42,6 +42,8 @@ class WindowReader:
     """What `check_labels` returned: the same for the labels' footers."""
     retry_seconds: float = 0.0
     """How long a read is tried again while storage fails."""
+    clip_bytes: int = 0
+    """Mean size of a clip in its shard."""
 
     def read(self, ordinals: range, start: int, stop: int, table_clips: int) -> Iterator[pa.Table]:
         """The rows of positions [start, stop) that lie in these windows, in the plan's order.
@@ -53,7 +55,7 @@ class WindowReader:
             for ordinal in ordinals:
                 window = self.plan.window(ordinal)
                 begun = time.perf_counter()
-                tables = list(threads.map(self.read_row_group, window.row_groups))
+                tables = list(threads.map(self.read_group, window.row_groups))
                 seconds = (time.perf_counter() - begun) / max(1, len(window.rows_P))
                 rows = _WindowRows(self.plan, window, tables, seconds)
                 first, last = max(start, window.first_position), min(stop, window.stop_position)
@@ -61,7 +63,7 @@ class WindowReader:
                 for begin, end in pairwise(sorted({first, *cuts, last})):
                     yield rows.between(begin, end)
 
-    def read_row_group(self, group: RowGroupRef) -> pa.Table:
+    def read_group(self, group: RowGroupRef) -> pa.Table:
         """The wanted columns of one row group, `patch_labels` among them where the stream has labels."""
         rows = self._read(self.dataset, self.versions[group.file], group, COLUMNS)
         if self.labels is None:
@@ -80,15 +82,20 @@ class WindowReader:
 
     def _read(self, folder: Place, version: str, group: RowGroupRef, columns: list[str]) -> pa.Table:
         place = folder / "shards" / group.file
-        return with_retries(lambda: _read_row_group(place, version, group, columns), self.retry_seconds)
+        return with_retries(lambda: read_row_group(place, version, group, columns), self.retry_seconds)
 
 
-def clip_labels(dataset: Place, groups: Sequence[RowGroupRef], retry_seconds: float) -> list[list[list[int]]]:
-    """The label ids of each clip, by row group: one small column of every shard is read, no audio."""
+def clip_labels(
+    dataset: Place, groups: Sequence[RowGroupRef], versions: dict[str, str], retry_seconds: float
+) -> list[list[list[int]]]:
+    """The label ids of each clip, by row group: one small column of every shard is read, no audio.
+
+    versions: see `WindowReader`.
+    """
 
     def read(group: RowGroupRef) -> list[list[int]]:
         place = dataset / "shards" / group.file
-        table = with_retries(lambda: _read_row_group(place, dataset.uri, group, ["labels"]), retry_seconds)
+        table = with_retries(lambda: read_row_group(place, versions[group.file], group, ["labels"]), retry_seconds)
         found: list[list[int]] = table["labels"].to_pylist()
         return found
 
@@ -200,7 +207,11 @@ class _WindowRows:
         return pa.table(columns | {name: others.column(name) for name in others.column_names})
 
 
-def _read_row_group(place: Place, version: str, group: RowGroupRef, columns: list[str]) -> pa.Table:
+def read_row_group(place: Place, version: str, group: RowGroupRef, columns: list[str]) -> pa.Table:
+    """The columns of one row group by range reads. UserError where the file is not what `group` says.
+
+    version: footers are remembered by it.
+    """
     with storage_errors(place.uri), place.filesystem.open_input_file(place.path) as stream:
         shard = pq.ParquetFile(stream, metadata=_footer(place, version), pre_buffer=True)
         if group.index >= shard.num_row_groups or shard.metadata.row_group(group.index).num_rows != group.clips:

@@ -59,10 +59,11 @@ logger = logging.getLogger(__name__)
 DATA_NODE_LABELS = {"beats-ray/role": "data"}
 """Label of the nodes of a cluster that read and decode and do not train."""
 BLOCK_CLIPS, BLOCK_BYTES = 256, 24 * 2**20  # at most, in one block, if a micro-batch has less
-TASK_CLIPS, TASK_BYTES = 256, 64 * 2**20  # at most, of all workers, decoded and dealt by one call
+TASK_CLIPS, TASK_BYTES = 1024, 96 * 2**20  # at most, of all workers, decoded and dealt by one call
 READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
 MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks
 DEFAULTS = StreamSettings()
+TABLE_FILL = 7  # eighths of the mean size of a table at which it leaves a read task
 TABLE_CLIPS = 64  # compressed clips that travel together from a read task, where the decode tasks do not say
 
 
@@ -83,9 +84,10 @@ def build_stream(
     """The clips of steps [start_step, stop_step), in blocks that hold consecutive micro-batches of one worker.
 
     Columns: position int64, clip_id string, audio int16 (S,), num_samples int32, targets uint8 (C,) and, with labels,
-    patch_labels int16 (N,). Which clips a step holds depends on seed, folds, splits and shuffle_window_clips, never on
-    the number of workers or on start_step. The last blocks may go on a little beyond stop_step. UserError where no
-    clip matches or the labels are not those of this data set.
+    patch_labels int16 (N,). Which clips a step holds depends on seed, folds, splits, sampling and shuffle_window_clips,
+    with length buckets on clip_seconds and global_batch_size too, never on the number of workers or on start_step.
+    The last blocks may go on a little beyond stop_step. UserError where no clip matches or the labels are not those of
+    this data set.
     """
     assert global_batch_size % (micro_batch_size * num_workers) == 0, (global_batch_size, micro_batch_size, num_workers)
     with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
@@ -102,7 +104,7 @@ def build_stream(
     spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
     start, stop = start_step * global_batch_size, stop_step * global_batch_size
     round_clips = micro_batch_size * num_workers
-    rounds = _rounds_of_a_block(micro_batch_size, num_workers, stop - start, spec.bytes_per_clip)
+    rounds = rounds_of_a_block(micro_batch_size, num_workers, stop - start, spec.bytes_per_clip)
     stop = start + -(-(stop - start) // (rounds * round_clips)) * rounds * round_clips  # whole blocks for every worker
     decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
     task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
@@ -112,7 +114,7 @@ def build_stream(
     return stream
 
 
-def _rounds_of_a_block(micro_batch_size: int, num_workers: int, clips: int, bytes_per_clip: int) -> int:
+def rounds_of_a_block(micro_batch_size: int, num_workers: int, clips: int, bytes_per_clip: int) -> int:
     """Micro-batches in a block; a task decodes as many for each worker. At least one, at most what `clips` needs."""
     block_clips = min(BLOCK_CLIPS, BLOCK_BYTES // bytes_per_clip)
     task_clips = min(TASK_CLIPS, TASK_BYTES // bytes_per_clip, clips)
@@ -193,7 +195,7 @@ def weigher(
     if not manifest.label_names:
         raise UserError(f"data.sampling=balanced: {dataset.uri} has no labels; use uniform")
     return lambda groups: balancing_weights(
-        clip_labels(dataset, groups, settings.retry_seconds), len(manifest.label_names)
+        clip_labels(dataset, groups, manifest.versions, settings.retry_seconds), len(manifest.label_names)
     )
 
 
@@ -201,9 +203,11 @@ def open_reader(
     dataset: Place, manifest: DatasetManifest, plan: ClipPlan, settings: StreamSettings, labels: Place | None
 ) -> WindowReader:
     """The reader of a plan's windows; UserError where the labels are not those of this data set."""
-    versions = {shard.file: shard.sha256 for shard in manifest.shards}
     labels_version = check_labels(labels, manifest, dataset) if labels else ""
-    return WindowReader(dataset, labels, plan, versions, labels_version, settings.retry_seconds)
+    clip_bytes = sum(shard.bytes for shard in manifest.shards) // max(1, manifest.clips)
+    return WindowReader(
+        dataset, labels, plan, manifest.versions, labels_version, settings.retry_seconds, max(1, clip_bytes)
+    )
 
 
 def example_spec(
@@ -247,8 +251,9 @@ def read_windows(
         **_placement(settings),
     )
     context = rows.context
-    context.target_max_block_size = TASK_BYTES  # tables leave as they are
-    context.downstream_capacity_backpressure_ratio = None  # it leaves CPUs idle; `buffer_mib` alone bounds the memory
+    # Ray collects tables until they are larger than this, and cuts what is more than half as large again.
+    context.target_max_block_size = max(1, TABLE_FILL * table_clips * reader.clip_bytes // 8)
+    context.downstream_capacity_backpressure_ratio = None  # `buffer_mib` alone bounds the memory
     context.execution_options = execution_options(settings)
     return rows
 

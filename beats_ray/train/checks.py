@@ -98,9 +98,14 @@ def run_identity(config: Job) -> dict[str, Any]:
 
 def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
     kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
-    if isinstance(kept.get("train"), dict):
-        kept["train"] = {name: value for name, value in kept["train"].items() if name not in EXECUTION_FIELDS}
+    for section, fields in (("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS)):
+        if isinstance(kept.get(section), dict):
+            kept[section] = {name: value for name, value in kept[section].items() if name not in fields}
     return kept
+
+
+DATA_EXECUTION_FIELDS = {"buffer_mib", "decode_cpus", "placement", "prefetch_blocks", "read_tasks", "retry_seconds"}
+"""The same for `data`: how clips come, not which."""
 
 
 def training_plan(config: RunConfig, manifest: DatasetManifest) -> ClipPlan:

@@ -11,13 +11,13 @@ import pytest
 from support.fault_proxy import FaultProxy, FaultRates
 
 from beats_ray.config import PrepareConfig, StreamSettings, load_config
-from beats_ray.data.batches import iterate_eval_batches
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.prepare import prepare
 from beats_ray.data.sample import make_sample_set
-from beats_ray.data.storage import open_place
-from beats_ray.data.stream import build_eval_stream, read_alone
+from beats_ray.data.storage import open_place, with_retries
+from beats_ray.data.stream import read_alone
 from beats_ray.data.verify import verify
+from beats_ray.inference import map_clips
 from beats_ray.objectstore import EmbeddedObjectStore
 
 pytestmark = pytest.mark.ray
@@ -124,6 +124,28 @@ def test_verify_asks_again_whatever_it_reads(dataset: str, proxy: FaultProxy) ->
     assert proxy.counts["errors"] >= 20
 
 
+def test_batch_inference_asks_again_and_sees_every_clip_once(dataset: str, proxy: FaultProxy) -> None:
+    class Lengths:  # here, so that the actors, which do not know this module, get it by value
+        def __init__(self, model: None) -> None:
+            del model
+
+        def __call__(self, wave_BS: Any, num_samples_B: Any) -> dict[str, Any]:
+            return {"length": num_samples_B.numpy()}
+
+    place = open_place(dataset)
+    proxy.counts.clear()
+    proxy.rates = FaultRates(errors=0.3, statuses=(501,))  # so that asking again is not pyarrow's doing
+    clips = Counter(
+        clip_id
+        for table in map_clips(place, with_retries(lambda: read_manifest(place), 60.0), Lengths, num_workers=1)
+        for clip_id in table["clip_id"].to_pylist()
+    )
+    proxy.rates = FaultRates()
+    assert len(clips) == NUM_CLIPS
+    assert set(clips.values()) == {1}
+    assert proxy.counts["errors"] >= 5
+
+
 def test_a_server_that_is_restarted_in_mid_epoch_costs_nothing_but_time(
     dataset: str, proxy: FaultProxy, store: EmbeddedObjectStore
 ) -> None:
@@ -155,12 +177,13 @@ def test_a_server_that_is_gone_for_good_ends_the_stream_with_one_clear_line(
     place = open_place(dataset)
     manifest = read_manifest(place)
     settings = StreamSettings(clip_seconds=0.5, retry_seconds=5.0)
-    stream = build_eval_stream(place, manifest, settings, GLOBAL_BATCH)
+    batches = read_alone(place, manifest, settings, batch_size=GLOBAL_BATCH, num_steps=10 * NUM_CLIPS // GLOBAL_BATCH)
+    next(batches)
     store.stop()
     try:
         started = time.monotonic()
         with pytest.raises(Exception, match="cannot be reached") as caught:
-            list(iterate_eval_batches(stream.iterator(), GLOBAL_BATCH, 1, num_clips=NUM_CLIPS))
+            list(batches)
         assert time.monotonic() - started < 120
         mistake = find_user_error(caught.value)
         assert mistake is not None

@@ -16,9 +16,16 @@ from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
-from beats_ray.data.shards import check_labels, check_schema
+from beats_ray.data.shards import check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, open_place, write_table
-from beats_ray.data.stream import build_eval_stream, build_stream, example_spec, execution_options, open_reader
+from beats_ray.data.stream import (
+    build_eval_stream,
+    build_stream,
+    example_spec,
+    execution_options,
+    open_reader,
+    rounds_of_a_block,
+)
 from beats_ray.objectstore import EmbeddedObjectStore
 
 CLIP_SECONDS = 0.8
@@ -246,6 +253,52 @@ def test_labels_of_other_shards_are_refused_at_the_start(dataset: Place, tmp_pat
     (labels / "shards" / "00001.parquet").delete()
     with pytest.raises(UserError, match=r"labels/shards/00001\.parquet: missing"):
         check_labels(labels, manifest, dataset)
+
+
+@pytest.mark.unit
+def test_labels_are_read_afresh_from_a_data_set_that_was_made_again(dataset: Place) -> None:
+    plan = build_plan(read_manifest(dataset), shuffled=False)
+    before = clip_labels(dataset, plan.row_groups, read_manifest(dataset).versions, 0.0)
+    manifest = write_dataset(dataset, clips_per_group=7)
+    again = DatasetManifest.model_validate(
+        manifest.model_dump()
+        | {"shards": [shard.model_dump() | {"sha256": f"new-{shard.file}"} for shard in manifest.shards]}
+    )
+    found = clip_labels(dataset, build_plan(again, shuffled=False).row_groups, again.versions, 0.0)
+    assert sum(map(len, before)) == 54
+    assert [labels for group in found for labels in group] == [labels_of(number) for number in range(78)]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("micro_batch", "workers", "clip_seconds", "clips", "rounds"),
+    [
+        (16, 1, 5, 10_000, 8),  # 20 MiB
+        (16, 1, 10, 10_000, 4),
+        (16, 2, 10, 10_000, 4),
+        (16, 8, 10, 10_000, 2),  # 80 MiB in a task
+        (8, 64, 10, 10_000, 1),
+        (64, 1, 10, 10_000, 1),
+        (1, 1, 0.1, 10_000, 256),
+        (2, 2, 1, 24, 4),  # a run of 24 clips needs no more
+    ],
+)
+def test_blocks_hold_as_many_micro_batches_as_fit(
+    micro_batch: int, workers: int, clip_seconds: float, clips: int, rounds: int
+) -> None:
+    assert rounds_of_a_block(micro_batch, workers, clips, round(32_000 * clip_seconds)) == rounds
+
+
+@pytest.mark.unit
+def test_tables_of_a_read_task_end_where_blocks_do(dataset: Place) -> None:
+    manifest = read_manifest(dataset)
+    plan = build_plan(manifest, seed=4, shuffle_window_clips=SETTINGS.shuffle_window_clips)
+    reader = open_reader(dataset, manifest, plan, SETTINGS, None)
+    tables = list(reader.read(plan.windows_between(5, 50), 5, 50, table_clips=6))
+    spans = [(rows["position"][0].as_py(), rows["position"][-1].as_py() + 1) for rows in tables]
+    starts = {plan.window(ordinal).first_position for ordinal in plan.windows_between(5, 50)}
+    assert [first for first, _ in spans] == sorted({5, *range(5, 50, 6), *(start for start in starts if start > 5)})
+    assert [position for first, last in spans for position in range(first, last)] == list(range(5, 50))
 
 
 @pytest.mark.unit

@@ -275,7 +275,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from functools import partial
 from beats_ray.data.plan import RowGroupRef
-from beats_ray.data.shards import _read_row_group
+from beats_ray.data.shards import read_row_group
 from beats_ray.data.storage import open_place, with_retries, write_table
 
 place = open_place("gs://beats/faulty")
@@ -286,7 +286,7 @@ for number in range(6):
     with_retries(partial((place / str(number)).write_bytes, data), 60.0)
     assert with_retries((place / str(number)).read_bytes, 60.0) == data
     group = RowGroupRef("x.parquet", number, 100)
-    rows = with_retries(partial(_read_row_group, place / "x.parquet", str(number), group, ["a"]), 60.0)
+    rows = with_retries(partial(read_row_group, place / "x.parquet", str(number), group, ["a"]), 60.0)
     assert rows["a"].to_pylist() == list(range(100 * number, 100 * number + 100))
 assert with_retries(place.sizes, 60.0)["x.parquet"] > 10_000
 """

@@ -143,12 +143,15 @@ def test_how_a_run_is_executed_is_no_part_of_what_it_is(kind: type) -> None:
     sections = ("train",) if kind is not IterateConfig else ("pretrain", "distill", "finetune")
     execution = {"num_workers": [1, 2], "zero_stage": 3, "max_failures": 9, "loggers": []}
 
-    def identity(**train: object) -> dict[str, object]:
+    def identity(data: dict[str, object] | None = None, **train: object) -> dict[str, object]:
         values = {"train": train} if kind is not IterateConfig else {name: {"train": train} for name in sections}
-        return run_identity(validate(kind, values | {"output": "runs/x"}))
+        return run_identity(validate(kind, values | {"output": "runs/x", "data": data or {}}))
 
     assert identity(**execution, learning_rate=1e-4) == identity(learning_rate=1e-4)
     assert identity(learning_rate=1e-4) != identity(learning_rate=2e-4)
+    reading = {"read_tasks": 9, "decode_cpus": 0.5, "buffer_mib": 99, "prefetch_blocks": 9, "retry_seconds": 9}
+    assert identity({**reading, "placement": "anywhere"}) == identity()
+    assert identity({"length_bucket_seconds": 1.0}) != identity()
 
 
 def test_an_elastic_run_needs_a_batch_that_every_number_of_workers_can_share() -> None:
