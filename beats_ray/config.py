@@ -213,6 +213,10 @@ class TrainSettings(Section):
     """Factor on the learning rate for each layer further from the output; 1 turns it off."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient clipping by global norm. Paper (E): 1.0."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay, per optimizer step, of a moving average of the trained weights; validation, test and the published model
+    use the average. It begins at the initial weights; buffers, such as a codebook, stay as they are. 0 turns it off.
+    Paper: not stated."""
     global_batch_size: PositiveInt = 560
     """Clips in one optimizer step over all workers. Paper: about 560 clips of 10 s for pre-training."""
     micro_batch_size: PositiveInt = 8

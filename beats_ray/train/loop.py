@@ -169,14 +169,17 @@ def _train_step(engine: Engine, prepared: list[Prepared], step: int, context: Wo
 def evaluate(
     task: Task, engine: Engine, source: BatchSource, context: WorkerContext, part: HeldOut
 ) -> dict[str, float]:
-    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`."""
+    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`.
+
+    Of the averaged weights, where `train.ema_decay` keeps them: those that are published.
+    """
     clips = source.held_out(part)
     if clips is None:
         return {}
     means = MetricMeans()
     engine.eval()
     generator = torch.Generator(context.device)
-    with torch.no_grad():
+    with torch.no_grad(), engine.averaged():
         for batch in clips:
             generator.manual_seed(0)
             prepared = task.prepare(batch, generator, training=False)

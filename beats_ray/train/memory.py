@@ -223,21 +223,23 @@ class TrainingState:
     gradients: int
     moments: int
     """AdamW's two moments."""
+    average: int
+    """Moving average of the masters, with `train.ema_decay`."""
     buckets: int
     """DeepSpeed's buffer of gradients on their way between workers."""
 
     @property
     def total_bytes(self) -> int:
-        return self.weights + self.masters + self.gradients + self.moments + self.buckets
+        return self.weights + self.masters + self.gradients + self.moments + self.average + self.buckets
 
 
 def training_state(zero_stage: int, settings: TrainSettings, trained: int, frozen_bytes: int) -> TrainingState:
     """What DeepSpeed 0.19 holds on one of `settings.max_workers` workers for `trained` parameters.
 
-    Stage 0 in fp32 trains the weights themselves. From stage 1 on the masters are a copy even in fp32, and they and the
-    moments are divided by the workers; from stage 2 on the gradients too; in stage 3 the weights, which are then
-    gathered for their use and, below `stage3_max_live_parameters`, stay gathered. In bf16 and stage 1 gradients are
-    accumulated in fp32.
+    Stage 0 in fp32 trains the weights themselves. From stage 1 on the masters are a copy even in fp32, and they, the
+    moments and the average are divided by the workers; from stage 2 on the gradients too; in stage 3 the weights, which
+    are then gathered for their use and, below `stage3_max_live_parameters`, stay gathered. In bf16 and stage 1
+    gradients are accumulated in fp32.
     """
     size, workers = value_bytes(settings.precision), settings.max_workers
     part = -(-trained // workers)
@@ -245,7 +247,15 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
     bucket = int(extra.get("reduce_bucket_size", BUCKET_ELEMENTS))
     if zero_stage == 0:
         masters = 0 if settings.precision == "fp32" else FP32_BYTES * trained
-        return TrainingState(0, size * trained + frozen_bytes, masters, size * trained, 8 * trained, 0)
+        return TrainingState(
+            zero_stage,
+            weights=size * trained + frozen_bytes,
+            masters=masters,
+            gradients=size * trained,
+            moments=2 * FP32_BYTES * trained,
+            average=FP32_BYTES * trained if settings.ema_decay else 0,
+            buckets=0,
+        )
     weights = size * trained
     if zero_stage == 3:
         live = int(extra.get("stage3_max_live_parameters", MAX_GATHERED))
@@ -258,5 +268,6 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
         masters=FP32_BYTES * part,
         gradients=gradients,
         moments=2 * FP32_BYTES * part,
+        average=FP32_BYTES * part if settings.ema_decay else 0,
         buckets=bucket * (accumulated if zero_stage == 1 else size),
     )

@@ -30,7 +30,7 @@ from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs
 from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
-CHECKPOINT_BYTES = 12  # of a trained parameter: its fp32 master weight and AdamW's two moments
+CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
 KINDS: dict[type, RunKind] = {PretrainConfig: "pretrain", DistillConfig: "distill", FinetuneConfig: "finetune"}
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -96,8 +96,9 @@ class RunPlan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """One resume checkpoint: fp32 masters, two moments, buffers."""
-        return CHECKPOINT_BYTES * self.size.trained + self.size.buffer_bytes
+        """One resume checkpoint: fp32 masters, two moments, the moving average where there is one, buffers."""
+        values = CHECKPOINT_VALUES + bool(self.train.ema_decay)
+        return values * FP32_BYTES * self.size.trained + self.size.buffer_bytes
 
     @property
     def checkpoints_written(self) -> int:
@@ -251,17 +252,17 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 
 def _show_memory(plan: RunPlan, console: Console) -> None:
-    columns = ["ZeRO", "weights", "masters", "gradients", "moments", "buckets", "activations", "total"]
+    parts = ["weights", "masters", "gradients", "moments", *["average"] * bool(plan.train.ema_decay), "buckets"]
     rows = []
     for checkpointed in (False, True):
         activations = plan.checkpointed_activation_bytes if checkpointed else plan.activation_bytes
         for state in plan.states:
             chosen = (plan.train.zero_stage, plan.train.activation_checkpointing) == (state.zero_stage, checkpointed)
-            parts = (state.weights, state.masters, state.gradients, state.moments, state.buckets, activations)
+            sizes = [*(getattr(state, part) for part in parts), activations, state.total_bytes + activations]
             name = f"{state.zero_stage}{', checkpointing' if checkpointed else ''}{' (this run)' if chosen else ''}"
-            rows.append([name, *(_binary(part) for part in (*parts, state.total_bytes + activations))])
+            rows.append([name, *map(_binary, sizes)])
     title = f"Memory of one worker, {plan.train.precision}, micro-batch of {plan.train.micro_batch_size} (estimated)"
-    console.table(title, columns, rows)
+    console.table(title, ["ZeRO", *parts, "activations", "total"], rows)
 
 
 def _si(value: float) -> str:

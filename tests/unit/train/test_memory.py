@@ -191,3 +191,12 @@ def test_each_zero_stage_divides_more_among_the_workers(precision: str) -> None:
     assert state(1, 8).gradients == (2 if precision == "fp16" else 4) * parameters
     assert state(2, 8).buckets == 1000 * size
     assert state(1, 8).total_bytes > state(2, 8).total_bytes
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_moving_average_is_one_more_value_for_each_master(stage: int) -> None:
+    train = {"num_workers": 8, "micro_batch_size": 1, "global_batch_size": 8}
+    without = training_state(stage, TrainSettings(**train), 1_000_000, 0)
+    averaged = training_state(stage, TrainSettings(**train, ema_decay=0.999), 1_000_000, 0)
+    assert averaged.average == (4_000_000 if stage == 0 else 500_000)
+    assert averaged.total_bytes - without.total_bytes == averaged.average

@@ -341,3 +341,15 @@ def test_the_state_of_the_chosen_stage_is_for_the_settings_workers(places: Place
     plan, config = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.tokenizer}", *TINY)
     chosen = plan.states[config.train.zero_stage]
     assert chosen.moments == 8 * -(-plan.size.trained // 2)
+
+
+def test_checkpoints_with_a_moving_average_are_larger_and_the_table_shows_it(
+    places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    averaged, _ = plan_of("pretrain", PretrainConfig, places, *given, "train.ema_decay=0.999")
+    without, _ = plan_of("pretrain", PretrainConfig, places, *given)
+    assert averaged.checkpoint_bytes - without.checkpoint_bytes == 4 * averaged.size.trained
+    for plan, shown in ((averaged, True), (without, False)):
+        preflight.show_plan(plan, Console())
+        assert ("average" in capsys.readouterr().out) is shown

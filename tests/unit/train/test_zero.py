@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.training import run_group
 
@@ -47,3 +48,19 @@ def test_a_run_goes_on_under_another_stage_and_micro_batch_size(tmp_path: Path) 
     assert len(third) == 10
     # Masks are drawn by micro-batch, so these are other masks of the same clips.
     assert abs(statistics.fmean(third) / statistics.fmean(undisturbed[20:]) - 1) < 0.01
+
+
+@pytest.mark.slow
+def test_the_moving_average_depends_on_neither_stage_nor_workers(tmp_path: Path) -> None:
+    averaged = BATCH | {"steps": 12, "checkpoint_every_steps": 4, "ema_decay": 0.9}
+    run_group(tmp_path, 1, [{"name": "alone", "zero_stage": 0, **averaged}])
+    resized = {"name": "resized", "zero_stage": 3, "stop": 5, **averaged}
+    run_group(
+        tmp_path, 2, [{"name": f"stage-{stage}", "zero_stage": stage, **averaged} for stage in range(4)] + [resized]
+    )
+    run_group(tmp_path, 3, [{"name": "resized", "zero_stage": 1, **averaged}])
+    expected = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    for name in ("stage-0", "stage-1", "stage-2", "stage-3", "resized"):
+        weights = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-5, name
