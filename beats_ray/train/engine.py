@@ -5,7 +5,7 @@ The engine owns the module, the optimizer and the precision; the loop owns order
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,12 +23,18 @@ AVERAGE = "ema"  # of the masters over the steps; it lies in AdamW's state, wher
 
 def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
     """The DeepSpeed configuration of so many workers. ConfigError where `deepspeed.*` sets what is derived."""
+    to_host = {"device": "cpu", "pin_memory": settings.use_gpu}
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = to_host
+    if settings.offload_parameters:
+        zero["offload_param"] = to_host
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation_steps(num_workers),
         "train_batch_size": settings.global_batch_size,
         "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW when offloaded too: theirs compiles for minutes
         "bf16": {"enabled": settings.precision == "bf16"},
@@ -66,6 +72,8 @@ class Engine:
             self._begin_state(step=0)
             for flat in self._flat_parameters():
                 self._adamw.state[flat][AVERAGE].copy_(flat.detach())
+        if settings.compile:  # in place: names stay
+            self._engine.compile(compile_kwargs={"dynamic": False})
 
     @property
     def module(self) -> nn.Module:
@@ -121,11 +129,14 @@ class Engine:
         """Global gradient norm before clipping of the last step; 0 before the first."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
-    def train(self) -> None:
-        self._engine.train()
-
-    def eval(self) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module is in evaluation mode, averaged and not compiled while the block runs; all ranks must enter it."""
+        eager = torch.compiler.set_stance("force_eager") if self._settings.compile else nullcontext()
         self._engine.eval()
+        with torch.no_grad(), self.averaged(), eager:  # held-out batches have other shapes
+            yield
+        self._engine.train()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

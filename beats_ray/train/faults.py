@@ -104,7 +104,7 @@ def explained(settings: TrainSettings, context: WorkerContext) -> Iterator[None]
             f"out of memory with train.micro_batch_size={settings.micro_batch_size}, "
             f"zero_stage={settings.zero_stage}: use train.micro_batch_size={half} (the global batch stays), "
             "train.activation_checkpointing=true, a higher train.zero_stage with several workers, or "
-            "train.deepspeed.zero_optimization.offload_optimizer.device=cpu"
+            "train.offload_optimizer=true (and train.offload_parameters=true with zero_stage=3)"
         ) from error
     except RuntimeError as error:
         if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():

@@ -177,15 +177,13 @@ def evaluate(
     if clips is None:
         return {}
     means = MetricMeans()
-    engine.eval()
     generator = torch.Generator(context.device)
-    with torch.no_grad(), engine.averaged():
+    with engine.evaluating():
         for batch in clips:
             generator.manual_seed(0)
             prepared = task.prepare(batch, generator, training=False)
             loss_sum, sums = task.module(*prepared.inputs)
             means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
-    engine.train()
     return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
 
 

@@ -235,6 +235,9 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     train, size = plan.train, plan.size
     accumulated = train.accumulation_steps(train.max_workers)
     batch = f"{train.micro_batch_size} x {train.max_workers} workers x {accumulated} accumulated"
+    if train.global_batch_seconds is not None:
+        sound = train.global_batch_size * plan.clip_seconds
+        batch += f"; {sound:,.0f} s of sound for the {train.global_batch_seconds:,.0f} s asked for"
     flops = [f"{_si(one)}FLOP a {what}" for one, what in ((plan.flops_per_clip, "clip"), (plan.flops_per_step, "step"))]
     kept = f"{plan.checkpoints_kept} kept: {_binary(plan.checkpoints_kept * plan.checkpoint_bytes)}"
     rows = [
@@ -253,6 +256,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 def _show_memory(plan: RunPlan, console: Console) -> None:
     parts = ["weights", "masters", "gradients", "moments", *["average"] * bool(plan.train.ema_decay), "buckets"]
+    columns = ["ZeRO", *parts, "activations", "total"]
     rows = []
     for checkpointed in (False, True):
         activations = plan.checkpointed_activation_bytes if checkpointed else plan.activation_bytes
@@ -262,7 +266,10 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
             name = f"{state.zero_stage}{', checkpointing' if checkpointed else ''}{' (this run)' if chosen else ''}"
             rows.append([name, *map(_binary, sizes)])
     title = f"Memory of one worker, {plan.train.precision}, micro-batch of {plan.train.micro_batch_size} (estimated)"
-    console.table(title, ["ZeRO", *parts, "activations", "total"], rows)
+    if any(state.host for state in plan.states):
+        rows = [[*row, _binary(state.host)] for row, state in zip(rows, 2 * plan.states, strict=True)]
+        columns.append("host memory")
+    console.table(title, columns, rows)
 
 
 def _si(value: float) -> str:

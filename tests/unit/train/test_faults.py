@@ -125,7 +125,7 @@ def test_every_new_attempt_is_a_recovery(tmp_path: Path) -> None:
 
 def test_full_memory_says_what_to_change() -> None:
     settings = TrainSettings(micro_batch_size=8, global_batch_size=16)
-    message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload"
+    message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload_optimizer=true"
     with pytest.raises(UserError, match=message), explained(settings, CONTEXT):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -353,3 +353,23 @@ def test_checkpoints_with_a_moving_average_are_larger_and_the_table_shows_it(
     for plan, shown in ((averaged, True), (without, False)):
         preflight.show_plan(plan, Console())
         assert ("average" in capsys.readouterr().out) is shown
+
+
+def test_offloading_shows_the_memory_of_the_host(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    for overrides, shown in (([], False), (["train.offload_optimizer=true"], True)):
+        plan, _ = plan_of("pretrain", PretrainConfig, places, *given, *overrides)
+        preflight.show_plan(plan, Console())
+        assert ("host memory" in capsys.readouterr().out) is shown
+
+
+def test_a_batch_in_seconds_is_shown_in_clips_and_is_the_same_run(
+    places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY[:1], *SMALL[1:]]
+    seconds, config = plan_of("pretrain", PretrainConfig, places, *given, "train.global_batch_seconds=25")
+    preflight.show_plan(seconds, Console())
+    text = capsys.readouterr().out
+    assert "12 clips = 2 x 2 workers x 3 accumulated; 24 s of sound for the 25 s asked for" in text
+    _, same = plan_of("pretrain", PretrainConfig, places, *given, "train.global_batch_size=12")
+    assert run_identity(config) == run_identity(same)
