@@ -298,10 +298,10 @@ class TrainSettings(Section):
                 f"offload_parameters=true needs zero_stage=3, and it is {self.zero_stage}; use zero_stage=3, or "
                 "offload_parameters=false"
             )
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(
-                "precision=bf16 with zero_stage=0 keeps no fp32 master weights and drifts; "
-                "use zero_stage=1 or precision=fp32"
+                f"precision={self.precision} with zero_stage=0 makes DeepSpeed count an AdamW step that was none, so "
+                "that the first steps are too small; use zero_stage=1 or precision=fp32"
             )
         return self
 

@@ -115,7 +115,7 @@ def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, publis
     clips = training_plan(config, manifest)
     classes = len(manifest.label_names)
     size = measure_model(config, manifest, published)
-    stages = [stage for stage in range(4) if stage or config.train.precision != "bf16"]  # as `TrainSettings` demands
+    stages = [stage for stage in range(4) if stage or config.train.precision == "fp32"]  # as `TrainSettings` demands
     peaks = [
         step_activations(kind, config, published, classes, checkpointed=checkpointed).peak_bytes
         for checkpointed in (False, True)
