@@ -12,7 +12,7 @@ come from the environment variables that the stores' own programs read.
 """
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -204,6 +204,8 @@ class TokenizerSettings(Section):
 
 
 class TrainSettings(Section):
+    instead_of: ClassVar[dict[str, str]] = {"global_batch_seconds": "global_batch_size"}
+
     steps: PositiveInt = 400_000
     """Optimizer steps. Paper: 400k for pre-training and for tokenizers."""
     warmup_steps: NonNegativeInt = 32_000
@@ -222,8 +224,16 @@ class TrainSettings(Section):
     """Factor on the learning rate for each layer further from the output; 1 turns it off."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient clipping by global norm. Paper (E): 1.0."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay, per optimizer step, of a moving average of the trained weights; validation, test and the published model
+    use the average. It begins at the initial weights; buffers, such as a codebook, stay as they are. 0 turns it off.
+    Paper: not stated."""
     global_batch_size: PositiveInt = 560
     """Clips in one optimizer step over all workers. Paper: about 560 clips of 10 s for pre-training."""
+    global_batch_seconds: PositiveFloat | None = None
+    """Seconds of sound in one optimizer step, instead of `global_batch_size`, which then follows from
+    `data.clip_seconds`: the nearest multiple of micro_batch_size x num_workers. Paper: 5.6k for pre-training, 1.4k for
+    tokenizers."""
     micro_batch_size: PositiveInt = 8
     """Clips in one forward pass on one worker; accumulation follows from the global batch size."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
@@ -239,6 +249,14 @@ class TrainSettings(Section):
     """Arithmetic of the forward and backward pass; master weights are fp32 always."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
+    offload_optimizer: bool = False
+    """Master weights, gradients and AdamW's moments in host memory, its step on the CPU; needs zero_stage 1, 2 or 3.
+    NVMe goes through `deepspeed`."""
+    offload_parameters: bool = False
+    """Weights that are not in use in host memory; needs zero_stage 3."""
+    compile: bool = False
+    """torch.compile of the module: minutes before the first step, for faster ones. It is compiled once, for the shapes
+    of a micro-batch; evaluation is not compiled."""
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed settings, merged deep; keys that this section derives are refused."""
     seed: int = 0
@@ -264,22 +282,35 @@ class TrainSettings(Section):
     def _arithmetic(self) -> Self:
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers={list(self.worker_range)}: fewest is more than most; swap them")
-        clips = self.micro_batch_size * math.lcm(*range(self.min_workers, self.max_workers + 1))
-        if self.global_batch_size % clips:
+        clips = self.clips_at_once
+        if self.global_batch_seconds is None and self.global_batch_size % clips:
             nearest = max(1, round(self.global_batch_size / clips)) * clips
-            shown = self.min_workers if self.min_workers == self.max_workers else f"each of {list(self.worker_range)}"
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size "
-                f"({self.micro_batch_size}) x num_workers ({shown}) = {clips}; use {nearest}"
+                f"global_batch_size={self.global_batch_size} is not divisible by {self._clips_at_once_shown()}; "
+                f"use {nearest}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; use at most {self.steps}"
             )
-        if self.precision == "bf16" and self.zero_stage == 0:
+        return self
+
+    @model_validator(mode="after")
+    def _zero_stage(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
-                "precision=bf16 with zero_stage=0 keeps no fp32 master weights and drifts; "
-                "use zero_stage=1 or precision=fp32"
+                "offload_optimizer=true needs a zero_stage of 1, 2 or 3, and it is 0; use zero_stage=2, or "
+                "offload_optimizer=false"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters=true needs zero_stage=3, and it is {self.zero_stage}; use zero_stage=3, or "
+                "offload_parameters=false"
+            )
+        if self.precision != "fp32" and self.zero_stage == 0:
+            raise ValueError(
+                f"precision={self.precision} with zero_stage=0 makes DeepSpeed count an AdamW step that was none, so "
+                "that the first steps are too small; use zero_stage=1 or precision=fp32"
             )
         return self
 
@@ -297,6 +328,39 @@ class TrainSettings(Section):
     def max_workers(self) -> int:
         """The most workers that the run uses."""
         return self.worker_range[1]
+
+    @property
+    def clips_at_once(self) -> int:
+        """What the global batch size is a multiple of: a micro-batch on each worker, however many there are."""
+        return self.micro_batch_size * math.lcm(*range(self.min_workers, self.max_workers + 1))
+
+    def _clips_at_once_shown(self) -> str:
+        workers = self.min_workers if self.min_workers == self.max_workers else f"each of {list(self.worker_range)}"
+        return f"micro_batch_size ({self.micro_batch_size}) x num_workers ({workers}) = {self.clips_at_once}"
+
+    def count_clips(self, clip_seconds: float, name: str) -> Self:
+        """The same with the global batch in clips, where it is given in seconds. `name`: this section's, for errors."""
+        if self.global_batch_seconds is None:
+            return self
+        field = f"{name}.global_batch_seconds={self.global_batch_seconds:g}"
+        clips = round(self.global_batch_seconds / clip_seconds / self.clips_at_once) * self.clips_at_once
+        if not clips:
+            raise ValueError(
+                f"{field} is less than half of {self._clips_at_once_shown()} clips of {clip_seconds:g} s, the least "
+                f"that a step can hold; use {self.clips_at_once * clip_seconds:g}, or lower micro_batch_size"
+            )
+        if "global_batch_size" in self.model_fields_set and self.global_batch_size != clips:
+            raise ValueError(
+                f"{field} makes {clips} clips of {clip_seconds:g} s, and global_batch_size={self.global_batch_size} is "
+                "set too; set one of them"
+            )
+        return self.model_copy(update={"global_batch_size": clips})
+
+    @property
+    def optimizer_is_offloaded(self) -> bool:
+        """Whether AdamW moves in host memory, by `offload_optimizer` or by `deepspeed`."""
+        extra = (self.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
+        return self.offload_optimizer or extra.get("device", "none") != "none"
 
     def accumulation_steps(self, num_workers: int) -> int:
         """Micro-batches that one of so many workers accumulates in one optimizer step."""
@@ -427,6 +491,24 @@ class Job(Section):
     ray: RaySettings = RaySettings()
 
 
+class TrainingJob(Job):
+    """A job that trains on a data set."""
+
+    data: StreamSettings = StreamSettings()
+
+    @model_validator(mode="after")
+    def _count_clips(self) -> Self:
+        """Whoever reads a config finds each global batch in clips, however it was given."""
+        seconds = self.data.clip_seconds
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, TrainSettings):
+                self.__dict__[name] = value.count_clips(seconds, name)
+            elif isinstance(train := getattr(value, "train", None), TrainSettings):
+                self.__dict__[name] = value.model_copy(update={"train": train.count_clips(seconds, f"{name}.train")})
+        return self
+
+
 class PrepareConfig(Job):
     kind: Literal["esc50", "audioset", "speech_commands", "folder", "csv", "unlabelled", "parquet", "webdataset"] = (
         "esc50"
@@ -443,16 +525,14 @@ class VerifyConfig(Section):
     data: VerifySettings = VerifySettings()
 
 
-class PretrainConfig(Job, PretrainSettings):
-    data: StreamSettings = StreamSettings()
+class PretrainConfig(TrainingJob, PretrainSettings):
     tokenizer: str = ""
     """Published tokenizer whose labels are predicted; computed on the fly where `labels` is empty."""
     labels: str = ""
     """Labels stage: patch labels that `tokenize` wrote for `data.path`."""
 
 
-class DistillConfig(Job, DistillSettings):
-    data: StreamSettings = StreamSettings()
+class DistillConfig(TrainingJob, DistillSettings):
     teacher: str = ""
     """Published encoder that is distilled."""
 
@@ -463,14 +543,12 @@ class TokenizeConfig(Job, InferenceSettings):
     """Published tokenizer."""
 
 
-class FinetuneConfig(Job, FinetuneSettings):
-    data: StreamSettings = StreamSettings()
+class FinetuneConfig(TrainingJob, FinetuneSettings):
     encoder: str = ""
     """Published encoder to start from."""
 
 
-class SweepConfig(Job):
-    data: StreamSettings = StreamSettings()
+class SweepConfig(TrainingJob):
     encoder: str = ""
     """Published encoder that every trial starts from."""
     finetune: FinetuneSettings = FinetuneSettings()
@@ -526,10 +604,9 @@ class BenchConfig(Section):
         return self.clips or {"fbank": 64, "data": 2048}.get(self.name, 4)
 
 
-class IterateConfig(Job):
+class IterateConfig(TrainingJob):
     iterations: PositiveInt = 3
     """BEATs iterations. Paper: 3."""
-    data: StreamSettings = StreamSettings()
     random_projection: RandomProjectionSettings = RandomProjectionSettings()
     pretrain: PretrainSettings = PretrainSettings()
     distill: DistillSettings = DistillSettings()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -22,6 +22,9 @@ class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    instead_of: ClassVar[dict[str, str]] = {}
+    """Fields that, where they are given, take the place of another one's default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,6 +44,9 @@ def _merged(default: Section, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     merged = {name: getattr(default, name) for name in type(default).model_fields}
+    for name, replaced in default.instead_of.items():
+        if values.get(name) is not None:
+            del merged[replaced]
     for name, value in values.items():
         inner = merged.get(name)
         merged[name] = _merged(inner, value) if isinstance(inner, Section) else value

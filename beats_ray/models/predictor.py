@@ -63,7 +63,8 @@ class MaskedPatchPredictor(nn.Module):
             masks_BKD = self.mask_vector.to(x_BMD.dtype).expand(batch, num_targets, -1)
         position_BL = torch.cat((visible_BM, target_BK), dim=1)
         is_pad_BL: Tensor | None = torch.cat((encoded.is_pad_BN, target_BK < 0), dim=1)
-        if position_BL.device.type == "cpu" and is_pad_BL is not None and not is_pad_BL.any():
+        free_look = position_BL.device.type == "cpu" and not torch.compiler.is_compiling()
+        if free_look and is_pad_BL is not None and not is_pad_BL.any():
             is_pad_BL = None
         # Order means nothing to attention, whose bias knows the places: visible first, targets last saves a shuffle.
         grid = self._grid_patches(fbank_BTF)

@@ -65,6 +65,8 @@ class DistillTask:
         )
         distillation = DistillationConfig(teacher_dim=teacher.config.width, commitment_weight=chosen.commitment_weight)
         tokenizer = SelfDistilledTokenizer(self._config)
+        if settings.train.compile:  # workers talk in the quantizer, and its first batches fit the codebook
+            tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)  # type: ignore[method-assign]
         tokenizer.encoder.use(checkpoint_layers=settings.train.activation_checkpointing)
         self.module = DistillModule(DistillationModel(tokenizer, distillation))
 

@@ -5,27 +5,36 @@ The engine owns the module, the optimizer and the precision; the loop owns order
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
 MASTER = "fp32"  # of a trained parameter
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+AVERAGE = "ema"  # of the masters over the steps; it lies in AdamW's state, where ZeRO finds and divides it
 
 
 def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
     """The DeepSpeed configuration of so many workers. ConfigError where `deepspeed.*` sets what is derived."""
+    to_host = {"device": "cpu", "pin_memory": settings.use_gpu}
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = to_host
+    if settings.offload_parameters:
+        zero["offload_param"] = to_host
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation_steps(num_workers),
         "train_batch_size": settings.global_batch_size,
         "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW when offloaded too: theirs compiles for minutes
         "bf16": {"enabled": settings.precision == "bf16"},
@@ -57,6 +66,14 @@ class Engine:
             config=deepspeed_config(settings, dist.get_world_size()),
             dist_init_required=False,
         )
+        self._state_keys = (*MOMENTS, AVERAGE) if settings.ema_decay else MOMENTS
+        self._published_key = AVERAGE if settings.ema_decay else MASTER
+        if settings.ema_decay:
+            self._begin_state(step=0)
+            for flat in self._flat_parameters():
+                self._adamw.state[flat][AVERAGE].copy_(flat.detach())
+        if settings.compile:  # in place: names stay
+            self._engine.compile(compile_kwargs={"dynamic": False})
 
     @property
     def module(self) -> nn.Module:
@@ -90,7 +107,18 @@ class Engine:
             self._engine.micro_steps += 1  # all else that `step` does is to move the weights
             return False
         self._engine.step()
-        return not (last_micro_batch and getattr(self._optimizer, "overflow", False))
+        if not last_micro_batch:
+            return True
+        moved = not getattr(self._optimizer, "overflow", False)
+        if moved and self._settings.ema_decay:
+            self._move_average()
+        return moved
+
+    def _move_average(self) -> None:
+        """Every worker moves its own part of the average: no communication."""
+        weights = list(self._flat_parameters())
+        averages = [self._adamw.state[flat][AVERAGE] for flat in weights]
+        get_ema_multi_avg_fn(self._settings.ema_decay)(averages, weights, 0)
 
     def _gradients_are_finite(self) -> bool:
         """Of a run without ZeRO, where all ranks hold the same gradients; ZeRO looks by itself."""
@@ -101,18 +129,37 @@ class Engine:
         """Global gradient norm before clipping of the last step; 0 before the first."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
-    def train(self) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module is in evaluation mode, averaged and not compiled while the block runs; all ranks must enter it."""
+        eager = torch.compiler.set_stance("force_eager") if self._settings.compile else nullcontext()
+        self._engine.eval()
+        with torch.no_grad(), self.averaged(), eager:  # held-out batches have other shapes
+            yield
         self._engine.train()
 
-    def eval(self) -> None:
-        self._engine.eval()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights are their moving average while the block runs, if there is one; all ranks must enter it."""
+        if not self._settings.ema_decay:
+            yield
+            return
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        held = [_to_cpu(self._whole(parameter, "")) for parameter in trained]
+        try:
+            for parameter in trained:
+                self._set_weight(parameter, self._whole(parameter, AVERAGE))
+            yield
+        finally:
+            for parameter, value in zip(trained, held, strict=True):
+                self._set_weight(parameter, value)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """This rank's part of the training state, copied to the CPU; every rank must call it.
 
         All parts together name each trained parameter's fp32 value and moments, whole (`NAME/fp32`, `NAME/exp_avg`,
-        `NAME/exp_avg_sq`), every other parameter and buffer (`NAME`) and the optimizer's step: the same state whatever
-        the ZeRO stage, the precision and the number of workers.
+        `NAME/exp_avg_sq`), its average where there is one (`NAME/ema`), every other parameter and buffer (`NAME`) and
+        the optimizer's step: the same state whatever the ZeRO stage, the precision and the number of workers.
         """
         self._link_moments()
         rank, world_size = self._engine.global_rank, self._engine.world_size
@@ -120,7 +167,7 @@ class Engine:
         held = [0] * world_size  # bytes by rank, so that each writes about as much
         for name, parameter in self.module.named_parameters():
             owner = held.index(min(held))
-            for key in (MASTER, *MOMENTS) if parameter.requires_grad else ("",):
+            for key in (MASTER, *self._state_keys) if parameter.requires_grad else ("",):
                 value = self._whole(parameter, key)
                 held[owner] += value.numel() * value.element_size()
                 if rank == owner:
@@ -138,13 +185,15 @@ class Engine:
         """
         named = dict(self.module.named_parameters())
         buffers = dict(self.module.named_buffers())
-        expected = {f"{name}/{MASTER}" if value.requires_grad else name for name, value in named.items()}
-        known = {name for name in state if not name.startswith(("optimizer/", "loss_scale/"))}
-        found = {name for name in known if not name.endswith(tuple(f"/{key}" for key in MOMENTS))}
-        if found != expected | set(buffers):
-            missing = sorted((expected | set(buffers)) ^ found)
-            raise RuntimeError(f"the checkpoint is of another model: {missing[0]!r} is only in one of the two")
-        self._begin_moments(float(state["optimizer/step"]))
+        expected = set(buffers) | {name for name, value in named.items() if not value.requires_grad}
+        for name, value in named.items():
+            if value.requires_grad:
+                expected |= {f"{name}/{key}" for key in (MASTER, *self._state_keys)}
+        found = {name for name in state if not name.startswith(("optimizer/", "loss_scale/"))}
+        if found != expected:
+            differing = min(expected ^ found)
+            raise RuntimeError(f"the checkpoint is of another model: {differing!r} is only in one of the two")
+        self._begin_state(float(state["optimizer/step"]))
         with torch.no_grad():
             for name, buffer in buffers.items():
                 buffer.copy_(state[name])
@@ -153,15 +202,18 @@ class Engine:
                     self._set_weight(parameter, state[name])
                     continue
                 self._set_weight(parameter, state[f"{name}/{MASTER}"])
-                for key in (MASTER, *MOMENTS):
+                for key in (MASTER, *self._state_keys):
                     self._set_whole(parameter, key, state[f"{name}/{key}"])
         for name in self._loss_scale():
             setattr(self._optimizer.loss_scaler, name, state[f"loss_scale/{name}"].item())
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """Every weight, whole, on the CPU, trained ones in fp32; all ranks must call it."""
+        """Every weight to be published, whole, on the CPU, trained ones in fp32; all ranks must call it.
+
+        Of a trained one that is its moving average where there is one.
+        """
         trained = {
-            name: _to_cpu(self._whole(parameter, MASTER if parameter.requires_grad else ""))
+            name: _to_cpu(self._whole(parameter, self._published_key if parameter.requires_grad else ""))
             for name, parameter in self.module.named_parameters()
         }
         rest = {name: value for name, value in self.module.state_dict().items() if name not in trained}
@@ -176,7 +228,7 @@ class Engine:
         if not key:
             with self._gathered(parameter):
                 return parameter.detach().clone()
-        if key in MOMENTS and not self._has_moments():
+        if key in MOMENTS and not self._adamw.state:  # before its first step
             return torch.zeros(self._shape(parameter))
         value: torch.Tensor
         if self._settings.zero_stage == 0:
@@ -211,7 +263,7 @@ class Engine:
 
     def _set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """What the forward pass reads, which is in the precision of the run."""
-        with self._gathered(parameter, modifier_rank=0):
+        with torch.no_grad(), self._gathered(parameter, modifier_rank=0):
             parameter.copy_(value)
 
     def _gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
@@ -242,17 +294,14 @@ class Engine:
             for group in self._adamw.param_groups:
                 yield from group["params"]
 
-    def _has_moments(self) -> bool:
-        return bool(self._adamw.state)
-
     def _optimizer_step(self) -> float:
         return max((float(state["step"]) for state in self._adamw.state.values()), default=0.0)
 
-    def _begin_moments(self, step: float) -> None:
+    def _begin_state(self, step: float) -> None:
         for flat in self._flat_parameters():
             state = self._adamw.state[flat]
             state["step"] = torch.tensor(step, device=flat.device if self._settings.use_gpu else "cpu")
-            for key in MOMENTS:
+            for key in self._state_keys:
                 state[key] = torch.zeros_like(flat)
         self._link_moments()
 
@@ -263,7 +312,7 @@ class Engine:
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        if self._settings.zero_stage in (1, 2) and self._has_moments():
+        if self._settings.zero_stage in (1, 2) and self._adamw.state:
             zero = self._optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(parameters, flat, self._adamw.state)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 STOP_REQUEST = "stop-requested.json"
 """Below a run's output: whoever is about to end the run writes it, and the run makes a checkpoint."""
 POLL_SECONDS = 2.0
+LOOK_SECONDS = 3.0
+"""About how long workers train between two looks at what they have noticed."""
 
 
 class TrainingDiverged(UserError):
@@ -23,25 +26,45 @@ class TrainingDiverged(UserError):
 
 
 class Notices:
-    """Notices that the run or one of its nodes is about to end: Ray's drain of a node, or a stop request on storage."""
+    """Notices that the run or one of its nodes is about to end: Ray's drain of a node, or a stop request on storage.
+
+    Workers must agree on what they have noticed, and for that they wait for one another (and for their devices). So
+    they look every few seconds only: every so many steps, a number that they agree on each time.
+    """
 
     def __init__(self, output: Place, context: WorkerContext) -> None:
         self._request = output / STOP_REQUEST
         self._context = context
         self._requested = threading.Event()
+        self._closed = threading.Event()
         self._heeded = False
+        self._steps, self._steps_between = 0, 1
+        self._last_look = time.perf_counter()
         if context.rank == 0:
             threading.Thread(target=self._poll, daemon=True).start()
 
     def new(self) -> bool:
-        """Whether there is a notice that was not there before, the same on every worker; all must ask."""
-        noticed = any(self._context.gather(self._context.notice() or self._requested.is_set()))
+        """Whether there is a notice that was not there before, the same on every worker; all ask after every step."""
+        self._steps += 1
+        if self._steps < self._steps_between:
+            return False
+        seconds = (time.perf_counter() - self._last_look) / self._steps
+        answers = self._context.gather((self._context.notice() or self._requested.is_set(), seconds))
+        slowest = max(seconds for _, seconds in answers)
+        # At most twice as many: steps that were fast once, as those a device has yet to run, may not be so for long.
+        self._steps_between = max(1, min(2 * self._steps_between, int(LOOK_SECONDS / max(slowest, 1e-6))))
+        self._steps, self._last_look = 0, time.perf_counter()
+        noticed = any(found for found, _ in answers)
         new = noticed and not self._heeded
         self._heeded = noticed
         return new
 
+    def close(self) -> None:
+        """Ends the look at storage."""
+        self._closed.set()
+
     def _poll(self) -> None:
-        while not self._requested.wait(POLL_SECONDS):
+        while not self._closed.wait(POLL_SECONDS) and not self._requested.is_set():
             try:
                 if self._request.exists():
                     self._requested.set()
@@ -98,15 +121,9 @@ def explained(settings: TrainSettings, context: WorkerContext) -> Iterator[None]
     """Says what to change where the block runs out of memory, and who waited where a collective operation hangs."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        half = max(1, settings.micro_batch_size // 2)
-        raise UserError(
-            f"out of memory with train.micro_batch_size={settings.micro_batch_size}, "
-            f"zero_stage={settings.zero_stage}: use train.micro_batch_size={half} (the global batch stays), "
-            "train.activation_checkpointing=true, a higher train.zero_stage with several workers, or "
-            "train.deepspeed.zero_optimization.offload_optimizer.device=cpu"
-        ) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise UserError(_advice(settings)) from error
         if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
         raise RuntimeError(
@@ -114,3 +131,18 @@ def explained(settings: TrainSettings, context: WorkerContext) -> Iterator[None]
             f"{settings.collective_timeout_seconds:g} for the others; one of them hangs or is gone, and the run goes "
             "on from its last checkpoint"
         ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a device or of the host, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _advice(settings: TrainSettings) -> str:
+    half = max(1, settings.micro_batch_size // 2)
+    return (
+        f"out of memory with train.micro_batch_size={settings.micro_batch_size}, zero_stage={settings.zero_stage}: use "
+        f"train.micro_batch_size={half} (the global batch stays), train.activation_checkpointing=true, a higher "
+        "train.zero_stage with several workers, or train.offload_optimizer=true (with zero_stage=3 "
+        "train.offload_parameters=true too)"
+    )

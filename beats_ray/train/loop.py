@@ -107,11 +107,13 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     skipped = SkippedSteps(output, settings.max_bad_steps, context)
     meter = Meter(settings, context, first_step, flops_per_clip)
     metrics: dict[str, float] = {}
-    accumulation_steps = settings.accumulation_steps(context.world_size)
 
     for step in range(first_step, settings.steps):
         _seed_dropout(settings.seed, step, context.rank)
-        prepared = [_fetch(task, batches, settings, context, meter) for _ in range(accumulation_steps)]
+        prepared = [
+            _fetch(task, batches, settings, context, meter)
+            for _ in range(settings.accumulation_steps(context.world_size))
+        ]
         results = _train_step(engine, prepared, step, context)
         if results is not None:
             skipped.count = 0
@@ -123,7 +125,10 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         done = step + 1
         last = done == settings.steps
         validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
-        if done % settings.log_every_steps == 0 or last or validates:
+        noticed = notices.new()
+        saves = (done % settings.checkpoint_every_steps == 0 or noticed) and not last
+        # With each checkpoint a report, or the next one would speak of other steps in a run that was resumed there.
+        if done % settings.log_every_steps == 0 or last or validates or saves:
             metrics = meter.report(done, engine) | {
                 "train/skipped_steps": skipped.total,
                 "train/recoveries": recoveries,
@@ -136,8 +141,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         reports = metrics.get("step") == done
         if log and reports:
             log.write(metrics)
-        noticed = reports and notices.new()
-        if (done % settings.checkpoint_every_steps == 0 or noticed) and not last:
+        if saves:
             if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
                 with_retries(log.flush, settings.storage_retry_seconds)
             checkpoints.save(engine, done, metrics.get("validation/accuracy") if validates else None)
@@ -146,6 +150,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         if reports and not last:
             context.report(done, metrics)
 
+    notices.close()
     checkpoints.wait()
     publish(task, engine, context, output)
     if log:
@@ -169,20 +174,21 @@ def _train_step(engine: Engine, prepared: list[Prepared], step: int, context: Wo
 def evaluate(
     task: Task, engine: Engine, source: BatchSource, context: WorkerContext, part: HeldOut
 ) -> dict[str, float]:
-    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`."""
+    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`.
+
+    Of the averaged weights, where `train.ema_decay` keeps them: those that are published.
+    """
     clips = source.held_out(part)
     if clips is None:
         return {}
     means = MetricMeans()
-    engine.eval()
     generator = torch.Generator(context.device)
-    with torch.no_grad():
+    with engine.evaluating():
         for batch in clips:
             generator.manual_seed(0)
             prepared = task.prepare(batch, generator, training=False)
             loss_sum, sums = task.module(*prepared.inputs)
             means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
-    engine.train()
     return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
 
 

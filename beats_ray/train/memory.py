@@ -17,7 +17,7 @@ Shapes: B clips, N patches, D width, V codes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from beats_ray.config import DistillConfig, FinetuneConfig, PretrainConfig, TrainSettings
@@ -223,21 +223,25 @@ class TrainingState:
     gradients: int
     moments: int
     """AdamW's two moments."""
+    average: int
+    """Moving average of the masters, with `train.ema_decay`."""
     buckets: int
     """DeepSpeed's buffer of gradients on their way between workers."""
+    host: int = 0
+    """What offloading puts into the memory of the host; no part of the total."""
 
     @property
     def total_bytes(self) -> int:
-        return self.weights + self.masters + self.gradients + self.moments + self.buckets
+        return self.weights + self.masters + self.gradients + self.moments + self.average + self.buckets
 
 
 def training_state(zero_stage: int, settings: TrainSettings, trained: int, frozen_bytes: int) -> TrainingState:
     """What DeepSpeed 0.19 holds on one of `settings.max_workers` workers for `trained` parameters.
 
-    Stage 0 in fp32 trains the weights themselves. From stage 1 on the masters are a copy even in fp32, and they and the
-    moments are divided by the workers; from stage 2 on the gradients too; in stage 3 the weights, which are then
-    gathered for their use and, below `stage3_max_live_parameters`, stay gathered. In bf16 and stage 1 gradients are
-    accumulated in fp32.
+    Stage 0 in fp32 trains the weights themselves. From stage 1 on the masters are a copy even in fp32, and they, the
+    moments and the average are divided by the workers; from stage 2 on the gradients too; in stage 3 the weights, which
+    are then gathered for their use and, below `stage3_max_live_parameters`, stay gathered. In bf16 and stage 1
+    gradients are accumulated in fp32. An offloaded optimizer has its part of the gradients beside it, in fp32.
     """
     size, workers = value_bytes(settings.precision), settings.max_workers
     part = -(-trained // workers)
@@ -245,18 +249,33 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
     bucket = int(extra.get("reduce_bucket_size", BUCKET_ELEMENTS))
     if zero_stage == 0:
         masters = 0 if settings.precision == "fp32" else FP32_BYTES * trained
-        return TrainingState(0, size * trained + frozen_bytes, masters, size * trained, 8 * trained, 0)
+        return TrainingState(
+            zero_stage,
+            weights=size * trained + frozen_bytes,
+            masters=masters,
+            gradients=size * trained,
+            moments=2 * FP32_BYTES * trained,
+            average=FP32_BYTES * trained if settings.ema_decay else 0,
+            buckets=0,
+        )
     weights = size * trained
     if zero_stage == 3:
         live = int(extra.get("stage3_max_live_parameters", MAX_GATHERED))
         weights = size * part + size * min(trained, live)
     accumulated = size if settings.precision == "fp16" else FP32_BYTES
     gradients = accumulated * trained if zero_stage == 1 else FP32_BYTES * part
-    return TrainingState(
+    state = TrainingState(
         zero_stage,
         weights=weights + frozen_bytes,
         masters=FP32_BYTES * part,
         gradients=gradients,
         moments=2 * FP32_BYTES * part,
+        average=FP32_BYTES * part if settings.ema_decay else 0,
         buckets=bucket * (accumulated if zero_stage == 1 else size),
     )
+    if settings.optimizer_is_offloaded:
+        on_host = state.masters + state.moments + state.average + FP32_BYTES * part
+        state = replace(state, masters=0, gradients=0, moments=0, average=0, host=on_host)
+    if settings.offload_parameters and zero_stage == 3:
+        state = replace(state, weights=state.weights - size * part, host=state.host + size * part)
+    return state

@@ -51,11 +51,11 @@ def parameter_groups(
 def build_optimizer(
     module: nn.Module, settings: TrainSettings, depths: Mapping[str, int] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; fused on a GPU."""
+    """AdamW over `parameter_groups`; fused where it moves on a GPU."""
     return torch.optim.AdamW(
         parameter_groups(module, settings, depths),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
-        fused=settings.use_gpu,
+        fused=settings.use_gpu and not settings.optimizer_is_offloaded,
     )

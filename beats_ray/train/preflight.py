@@ -30,7 +30,7 @@ from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs
 from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
-CHECKPOINT_BYTES = 12  # of a trained parameter: its fp32 master weight and AdamW's two moments
+CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
 KINDS: dict[type, RunKind] = {PretrainConfig: "pretrain", DistillConfig: "distill", FinetuneConfig: "finetune"}
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -96,8 +96,9 @@ class RunPlan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """One resume checkpoint: fp32 masters, two moments, buffers."""
-        return CHECKPOINT_BYTES * self.size.trained + self.size.buffer_bytes
+        """One resume checkpoint: fp32 masters, two moments, the moving average where there is one, buffers."""
+        values = CHECKPOINT_VALUES + bool(self.train.ema_decay)
+        return values * FP32_BYTES * self.size.trained + self.size.buffer_bytes
 
     @property
     def checkpoints_written(self) -> int:
@@ -114,7 +115,7 @@ def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, publis
     clips = training_plan(config, manifest)
     classes = len(manifest.label_names)
     size = measure_model(config, manifest, published)
-    stages = [stage for stage in range(4) if stage or config.train.precision != "bf16"]  # as `TrainSettings` demands
+    stages = [stage for stage in range(4) if stage or config.train.precision == "fp32"]  # as `TrainSettings` demands
     peaks = [
         step_activations(kind, config, published, classes, checkpointed=checkpointed).peak_bytes
         for checkpointed in (False, True)
@@ -234,6 +235,9 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     train, size = plan.train, plan.size
     accumulated = train.accumulation_steps(train.max_workers)
     batch = f"{train.micro_batch_size} x {train.max_workers} workers x {accumulated} accumulated"
+    if train.global_batch_seconds is not None:
+        sound = train.global_batch_size * plan.clip_seconds
+        batch += f"; {sound:,.0f} s of sound for the {train.global_batch_seconds:,.0f} s asked for"
     flops = [f"{_si(one)}FLOP a {what}" for one, what in ((plan.flops_per_clip, "clip"), (plan.flops_per_step, "step"))]
     kept = f"{plan.checkpoints_kept} kept: {_binary(plan.checkpoints_kept * plan.checkpoint_bytes)}"
     rows = [
@@ -251,16 +255,20 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 
 def _show_memory(plan: RunPlan, console: Console) -> None:
-    columns = ["ZeRO", "weights", "masters", "gradients", "moments", "buckets", "activations", "total"]
+    parts = ["weights", "masters", "gradients", "moments", *["average"] * bool(plan.train.ema_decay), "buckets"]
+    columns = ["ZeRO", *parts, "activations", "total"]
     rows = []
     for checkpointed in (False, True):
         activations = plan.checkpointed_activation_bytes if checkpointed else plan.activation_bytes
         for state in plan.states:
             chosen = (plan.train.zero_stage, plan.train.activation_checkpointing) == (state.zero_stage, checkpointed)
-            parts = (state.weights, state.masters, state.gradients, state.moments, state.buckets, activations)
+            sizes = [*(getattr(state, part) for part in parts), activations, state.total_bytes + activations]
             name = f"{state.zero_stage}{', checkpointing' if checkpointed else ''}{' (this run)' if chosen else ''}"
-            rows.append([name, *(_binary(part) for part in (*parts, state.total_bytes + activations))])
+            rows.append([name, *map(_binary, sizes)])
     title = f"Memory of one worker, {plan.train.precision}, micro-batch of {plan.train.micro_batch_size} (estimated)"
+    if any(state.host for state in plan.states):
+        rows = [[*row, _binary(state.host)] for row, state in zip(rows, 2 * plan.states, strict=True)]
+        columns.append("host memory")
     console.table(title, columns, rows)
 
 

@@ -38,9 +38,11 @@ Tokenizer = RandomProjectionTokenizer | SelfDistilledTokenizer
 class PretrainModule(nn.Module):
     """Label prediction with its loss, as one module for the engine."""
 
-    def __init__(self, predictor: MaskedPatchPredictor) -> None:
+    def __init__(self, predictor: MaskedPatchPredictor, compiled: bool = False) -> None:
         super().__init__()
         self.predictor = predictor
+        # The baseline's shapes follow the clips: compiled, it would be so for each batch anew.
+        self._baseline = torch.compiler.disable(clip_band_baseline) if compiled else clip_band_baseline
 
     def forward(
         self, fbank_BTF: Tensor, num_frames_B: Tensor, mask: PatchMask, labels_BN: Tensor
@@ -53,7 +55,7 @@ class PretrainModule(nn.Module):
             is_target_BK = labels_BK >= 0
             count = is_target_BK.sum()
             correct = (logits_BKV.argmax(-1) == labels_BK).sum()
-            baseline = clip_band_baseline(labels_BN, mask.visible_BM, mask.target_BK, logits_BKV.shape[-1])
+            baseline = self._baseline(labels_BN, mask.visible_BM, mask.target_BK, logits_BKV.shape[-1])
         return loss, {
             "train/masked_accuracy": (correct, count),
             "train/clip_band_loss": (baseline.loss_sum, baseline.num_targets),
@@ -71,7 +73,7 @@ class PretrainTask:
         predictor = PredictorConfig(
             num_layers=settings.predictor.num_layers, mask_vector=settings.predictor.mask_vector, num_codes=num_codes
         )
-        self.module = PretrainModule(MaskedPatchPredictor(encoder, predictor))
+        self.module = PretrainModule(MaskedPatchPredictor(encoder, predictor), settings.train.compile)
         self._masking: MaskingSettings = settings.masking
         self._config = encoder.config
         self._positions = encoder.positions

@@ -131,7 +131,7 @@ class Run:
             "encoder.overrides={num_layers: 1, width: 32, num_heads: 2, ffn_width: 64}",
             "predictor.num_layers=1", "data.clip_seconds=1", "data.retry_seconds=60",
             f"train.steps={steps}", "train.warmup_steps=10", "train.global_batch_size=8", "train.micro_batch_size=2",
-            f"train.num_workers={workers}", "train.cpus_per_worker=4", "train.log_every_steps=3",
+            f"train.num_workers={workers}", "train.cpus_per_worker=4", "train.log_every_steps=1",
             f"train.checkpoint_every_steps={CHECKPOINT_STEPS}", "train.keep_checkpoints=3", "train.max_failures=1000",
             "train.learning_rate=1e-3", "train.epsilon=1e-8", "train.collective_timeout_seconds=30",
         ]  # fmt: skip

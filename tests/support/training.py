@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from beats_ray.data.storage import open_place
 from beats_ray.models import RandomProjectionTokenizer
 from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.context import WorkerContext
+from beats_ray.train.faults import explained
 from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.pretrain import PretrainTask
 
@@ -106,7 +109,8 @@ class Pretraining:
         source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size, *ranks)
         context = WorkerContext(*ranks, torch.device("cpu"), record)
         try:
-            run_training(task, source, settings.train, context, open_place(str(output)))
+            with explained(settings.train, context):
+                run_training(task, source, settings.train, context, open_place(str(output)))
         finally:
             for thread in threading.enumerate():  # where a test interrupts a run, its last checkpoint is whole
                 if thread.name == THREAD_NAME:
@@ -135,44 +139,68 @@ def run_group(folder: Path, world_size: int, runs: list[dict[str, Any]]) -> list
 
     runs: keyword arguments of `Pretraining.run` with `name`, below `folder`; `stop` ends a run after so many steps.
     """
-    store, results = folder / f"store-{uuid.uuid4().hex}", folder / f"losses-{uuid.uuid4().hex}.json"
-    command = [sys.executable, "-m", "tests.support.training", str(store), str(results), json.dumps(runs)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(world_size)], cwd=ROOT, env=os.environ | {"LOCAL_RANK": "0"})
-        for rank in range(world_size)
-    ]
-    try:
+    results = folder / f"losses-{uuid.uuid4().hex}.json"
+    with group(folder, world_size, runs, results) as processes:
         statuses = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
     assert statuses == [0] * world_size, statuses
     losses: list[list[float]] = json.loads(results.read_text())
     return losses
+
+
+@contextlib.contextmanager
+def group(
+    folder: Path, world_size: int, runs: list[dict[str, Any]], results: Path, timeout_seconds: float = 1800.0
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """The processes of such a group, which are gone after the block.
+
+    `hang` among a run's arguments: the step after whose report the last process stops for good. timeout_seconds: of a
+    collective operation.
+    """
+    store = folder / f"store-{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "tests.support.training", str(store), str(results), json.dumps(runs)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(timeout_seconds)],
+            cwd=ROOT, env=os.environ | {"LOCAL_RANK": "0"}, stderr=subprocess.PIPE if timeout_seconds < 60 else None,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 class Stopped(Exception):
     """The run has come as far as was asked for."""
 
 
-def _stop_after(step: int | None) -> Callable[[int, dict[str, float]], None]:
+def _observer(rank: int, stop: int | None, hang: int | None) -> Callable[[int, dict[str, float]], None]:
     def report(done: int, _metrics: dict[str, float]) -> None:
-        if done == step:
+        if done == stop:
             raise Stopped
+        if done == hang and rank > 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     return report
 
 
-def _take_part(store: str, results: str, runs: str, rank: int, world_size: int) -> None:
+def _take_part(store: str, results: str, runs: str, rank: int, world_size: int, timeout_seconds: float) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )  # fmt: skip
     losses: list[list[float]] = []
     for run in json.loads(runs):
-        name, stop = run.pop("name"), run.pop("stop", None)
+        name, stop, hang = run.pop("name"), run.pop("stop", None), run.pop("hang", None)
         seen: list[float] = []
         with contextlib.suppress(Stopped):
             Pretraining().run(
-                Path(results).parent / name, _stop_after(stop), ranks=(rank, world_size), seen=seen, **run
+                Path(results).parent / name, _observer(rank, stop, hang), ranks=(rank, world_size), seen=seen, **run
             )
         losses.append(seen)
     if rank == 0:
@@ -181,6 +209,6 @@ def _take_part(store: str, results: str, runs: str, rank: int, world_size: int) 
 
 
 if __name__ == "__main__":
-    _take_part(*sys.argv[1:4], *map(int, sys.argv[4:6]))
+    _take_part(*sys.argv[1:4], *map(int, sys.argv[4:6]), float(sys.argv[6]))  # type: ignore[call-arg]
     sys.stdout.flush()
     os._exit(0)  # gloo's threads abort a process that ends while another one still leaves the group

@@ -191,3 +191,48 @@ def test_a_broken_file_is_named_with_its_line(text: str, message: str, tmp_path:
 def test_fingerprints_differ_when_any_setting_differs() -> None:
     settings = load_config(PretrainConfig, None, ["output=o"])
     assert config.fingerprint(replace(settings, {"train.seed": 1})) != config.fingerprint(settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "clips"),
+    [
+        ("pretrain", ["train.global_batch_seconds=5600", "train.micro_batch_size=35", "train.num_workers=16"], 560),
+        ("pretrain", ["train.global_batch_seconds=5600", "train.num_workers=16"], 512),  # 4.375 micro-batches on each
+        ("pretrain", ["train.global_batch_seconds=5600", "train.num_workers=[1,3]", "data.clip_seconds=5"], 1104),
+        ("train-tokenizer", ["train.global_batch_seconds=1400", "train.micro_batch_size=7"], 140),
+        ("finetune", ["train.global_batch_seconds=81", "data.clip_seconds=1"], 80),
+    ],
+)
+def test_a_batch_in_seconds_is_the_nearest_one_in_clips_that_the_workers_can_share(
+    kind: str, overrides: list[str], clips: int
+) -> None:
+    job = load_config(KINDS[kind], None, ["output=o", *overrides])
+    assert job.train.global_batch_size == clips
+    again = KINDS[kind].model_validate(job.model_dump())
+    assert again.train.global_batch_size == clips
+
+
+def test_a_batch_in_seconds_reaches_the_stages_inside_a_job() -> None:
+    given = ["output=o", "data.clip_seconds=2", "finetune.train.global_batch_seconds=64"]
+    assert load_config(IterateConfig, None, given).finetune.train.global_batch_size == 32
+    sweep = load_config(SweepConfig, None, given)
+    assert replace(sweep.finetune, {"train.learning_rate": 1e-3}).train.global_batch_size == 32
+    assert load_config(SweepConfig, None, ["output=o"]).finetune.train.global_batch_size == 64
+
+
+def test_a_batch_in_seconds_and_another_one_in_clips_are_one_too_many() -> None:
+    message = "train.global_batch_seconds=5600 makes 560 clips of 10 s, and global_batch_size=480 is set too; set one"
+    given = ["output=o", "train.global_batch_seconds=5600", "train.global_batch_size=480"]
+    assert message in failure(PretrainConfig, *given)
+    assert "pretrain.train.global_batch_seconds=5600 makes 560 clips" in failure(
+        IterateConfig, *(override.replace("train.", "pretrain.train.") for override in given)
+    )
+
+
+def test_a_batch_of_too_few_seconds_names_the_least() -> None:
+    message = (
+        "train.global_batch_seconds=100 is less than half of micro_batch_size (8) x num_workers (4) = 32 clips of 10"
+    )
+    found = failure(PretrainConfig, "output=o", "train.global_batch_seconds=100", "train.num_workers=4")
+    assert message in found
+    assert "use 320, or lower micro_batch_size" in found

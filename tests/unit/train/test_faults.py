@@ -1,6 +1,9 @@
 """What a run does about faults: advice, notices, retention, uploads that fail, and what may change between attempts."""
 
+import itertools
 import logging
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,14 +13,16 @@ import torch
 
 from beats_ray.config import FinetuneConfig, IterateConfig, PretrainConfig, TrainSettings, UserError, validate
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.train import faults
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.checks import run_identity
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import WorkerContext, single_process_context
-from beats_ray.train.faults import STOP_REQUEST, Notices, count_recoveries, explained
+from beats_ray.train.faults import LOOK_SECONDS, STOP_REQUEST, Notices, count_recoveries, explained
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).parents[3]
 CONTEXT = single_process_context(lambda _step, _metrics: None)
 
 
@@ -106,7 +111,9 @@ def test_a_save_does_not_wait_for_storage_and_the_next_one_raises_what_it_failed
         checkpoints.save(FakeEngine(2.0), 2)  # type: ignore[arg-type]
 
 
-def test_a_stop_request_is_noticed_once(tmp_path: Path) -> None:
+def test_a_stop_request_is_noticed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(faults, "POLL_SECONDS", 0.1)
     output = open_place(str(tmp_path))
     notices = Notices(output, CONTEXT)
     assert not notices.new()
@@ -116,6 +123,47 @@ def test_a_stop_request_is_noticed_once(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert noticed
     assert not notices.new()
+    notices.close()
+
+
+class Looks(WorkerContext):
+    """One of two workers; the other one takes three times as long for a step."""
+
+    def gather(self, value: tuple[bool, float]) -> list[object]:  # type: ignore[override]
+        self.report(0, {})
+        return [value, (value[0], 3 * value[1])]
+
+
+def test_workers_look_at_notices_every_few_seconds_whatever_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looks = [0.0], []
+    monkeypatch.setattr(faults.time, "perf_counter", lambda: now[0])
+    context = Looks(1, 2, torch.device("cpu"), lambda _step, _metrics: looks.append(now[0]))
+    notices = Notices(open_place(str(tmp_path)), context)
+    for seconds, steps in ((10.0, 5), (0.01, 20_000), (0.03, 2_000), (0.5, 200)):
+        begun = now[0]
+        for _ in range(steps):
+            now[0] += seconds
+            notices.new()
+        seen = [look for look in looks if look > begun + 2 * LOOK_SECONDS]  # by then it knows what a step takes
+        gaps = [b - a for a, b in itertools.pairwise(seen)]
+        assert len(gaps) >= 2
+        assert max(gaps) <= max(LOOK_SECONDS, seconds) + 1e-6, seconds
+        if seconds == 0.01:
+            assert min(gaps) > LOOK_SECONDS / 4  # and not with every step
+
+
+def test_a_notice_leads_to_a_checkpoint_long_before_the_next_report(
+    tmp_path: Path, pretraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(faults, "POLL_SECONDS", 0.05)
+    (open_place(str(tmp_path)) / STOP_REQUEST).write_json({})
+    losses = pretraining.run(tmp_path, steps=60, log_every_steps=1000, checkpoint_every_steps=1000)
+    (step,) = sound_steps(open_place(str(tmp_path / "checkpoints")))
+    assert 0 < step < 60
+    assert len(losses) == 2  # a report with the checkpoint, and the last one
 
 
 def test_every_new_attempt_is_a_recovery(tmp_path: Path) -> None:
@@ -125,9 +173,31 @@ def test_every_new_attempt_is_a_recovery(tmp_path: Path) -> None:
 
 def test_full_memory_says_what_to_change() -> None:
     settings = TrainSettings(micro_batch_size=8, global_batch_size=16)
-    message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload"
+    message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload_optimizer=true"
     with pytest.raises(UserError, match=message), explained(settings, CONTEXT):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_full_host_memory_of_a_real_process_says_what_to_change(tmp_path: Path) -> None:
+    code = """
+import resource, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from beats_ray.train.context import single_process_context
+from tests.support.training import Pretraining
+single_process_context(lambda *_: None)
+Pretraining().run(Path(sys.argv[1]) / "fits", steps=1, warmup_steps=0)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
+Pretraining().run(Path(sys.argv[1]) / "large", micro_batch_size=2048, global_batch_size=2048)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError: out of memory with train.micro_batch_size=2048, zero_stage=1: use" in last
+    assert "train.micro_batch_size=1024 (the global batch stays)" in last
 
 
 def test_a_collective_operation_that_hangs_says_who_waited_how_long() -> None:

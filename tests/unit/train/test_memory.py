@@ -191,3 +191,25 @@ def test_each_zero_stage_divides_more_among_the_workers(precision: str) -> None:
     assert state(1, 8).gradients == (2 if precision == "fp16" else 4) * parameters
     assert state(2, 8).buckets == 1000 * size
     assert state(1, 8).total_bytes > state(2, 8).total_bytes
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_moving_average_is_one_more_value_for_each_master(stage: int) -> None:
+    train = {"num_workers": 8, "micro_batch_size": 1, "global_batch_size": 8}
+    without = training_state(stage, TrainSettings(**train), 1_000_000, 0)
+    averaged = training_state(stage, TrainSettings(**train, ema_decay=0.999), 1_000_000, 0)
+    assert averaged.average == (4_000_000 if stage == 0 else 500_000)
+    assert averaged.total_bytes - without.total_bytes == averaged.average
+
+
+def test_what_is_offloaded_lies_in_the_memory_of_the_host() -> None:
+    train = {"num_workers": 8, "micro_batch_size": 1, "global_batch_size": 8, "zero_stage": 3}
+    parameters, part = 1_000_000, 125_000
+    kept = training_state(3, TrainSettings(**train), parameters, 0)
+    moved = training_state(3, TrainSettings(**train, offload_optimizer=True), parameters, 0)
+    assert (moved.masters, moved.gradients, moved.moments) == (0, 0, 0)
+    assert moved.host == 16 * part == kept.total_bytes - moved.total_bytes
+    both = TrainSettings(**train, offload_optimizer=True, offload_parameters=True)
+    assert training_state(3, both, parameters, 0).weights == 4 * parameters  # those gathered for their use
+    assert training_state(3, both, parameters, 0).host == 20 * part
+    assert training_state(0, both, parameters, 0).host == 0

@@ -5,7 +5,7 @@ import torch
 
 from beats_ray.config import TrainSettings
 from beats_ray.models import build_encoder
-from beats_ray.train.optimizer import learning_rate, parameter_groups
+from beats_ray.train.optimizer import build_optimizer, learning_rate, parameter_groups
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +49,18 @@ def test_names_without_a_depth_count_as_deepest() -> None:
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert scales[id(module[0].weight)] == 0.125
     assert scales[id(module[1].weight)] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("train", "fused"),
+    [
+        ({}, False),
+        ({"use_gpu": True}, True),
+        ({"use_gpu": True, "offload_optimizer": True}, False),
+        ({"use_gpu": True, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, False),
+        ({"use_gpu": True, "zero_stage": 3, "offload_parameters": True}, True),
+    ],
+)
+def test_the_optimizer_is_fused_where_it_moves_on_a_gpu(train: dict[str, object], fused: bool) -> None:
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), TrainSettings(**train))
+    assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}

@@ -341,3 +341,35 @@ def test_the_state_of_the_chosen_stage_is_for_the_settings_workers(places: Place
     plan, config = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.tokenizer}", *TINY)
     chosen = plan.states[config.train.zero_stage]
     assert chosen.moments == 8 * -(-plan.size.trained // 2)
+
+
+def test_checkpoints_with_a_moving_average_are_larger_and_the_table_shows_it(
+    places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    averaged, _ = plan_of("pretrain", PretrainConfig, places, *given, "train.ema_decay=0.999")
+    without, _ = plan_of("pretrain", PretrainConfig, places, *given)
+    assert averaged.checkpoint_bytes - without.checkpoint_bytes == 4 * averaged.size.trained
+    for plan, shown in ((averaged, True), (without, False)):
+        preflight.show_plan(plan, Console())
+        assert ("average" in capsys.readouterr().out) is shown
+
+
+def test_offloading_shows_the_memory_of_the_host(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    for overrides, shown in (([], False), (["train.offload_optimizer=true"], True)):
+        plan, _ = plan_of("pretrain", PretrainConfig, places, *given, *overrides)
+        preflight.show_plan(plan, Console())
+        assert ("host memory" in capsys.readouterr().out) is shown
+
+
+def test_a_batch_in_seconds_is_shown_in_clips_and_is_the_same_run(
+    places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY[:1], *SMALL[1:]]
+    seconds, config = plan_of("pretrain", PretrainConfig, places, *given, "train.global_batch_seconds=25")
+    preflight.show_plan(seconds, Console())
+    text = capsys.readouterr().out
+    assert "12 clips = 2 x 2 workers x 3 accumulated; 24 s of sound for the 25 s asked for" in text
+    _, same = plan_of("pretrain", PretrainConfig, places, *given, "train.global_batch_size=12")
+    assert run_identity(config) == run_identity(same)

@@ -1,11 +1,18 @@
 """ZeRO stages and numbers of workers change where the state lies, not what a run does: real groups of processes."""
 
+import json
+import math
 import statistics
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.support.training import run_group
+from beats_ray.data.storage import open_place
+from beats_ray.train.committed import sound_steps
+from beats_ray.train.faults import STOP_REQUEST
+from tests.support.training import group, run_group
 
 BATCH = {"global_batch_size": 12, "micro_batch_size": 2, "log_every_steps": 1}
 SHORT = BATCH | {"steps": 30, "checkpoint_every_steps": 10}
@@ -47,3 +54,67 @@ def test_a_run_goes_on_under_another_stage_and_micro_batch_size(tmp_path: Path) 
     assert len(third) == 10
     # Masks are drawn by micro-batch, so these are other masks of the same clips.
     assert abs(statistics.fmean(third) / statistics.fmean(undisturbed[20:]) - 1) < 0.01
+
+
+@pytest.mark.slow
+def test_the_moving_average_depends_on_neither_stage_nor_workers(tmp_path: Path) -> None:
+    averaged = BATCH | {"steps": 12, "checkpoint_every_steps": 4, "ema_decay": 0.9}
+    run_group(tmp_path, 1, [{"name": "alone", "zero_stage": 0, **averaged}])
+    resized = {"name": "resized", "zero_stage": 3, "stop": 5, **averaged}
+    run_group(
+        tmp_path, 2, [{"name": f"stage-{stage}", "zero_stage": stage, **averaged} for stage in range(4)] + [resized]
+    )
+    run_group(tmp_path, 3, [{"name": "resized", "zero_stage": 1, **averaged}])
+    expected = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    for name in ("stage-0", "stage-1", "stage-2", "stage-3", "resized"):
+        weights = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-5, name
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Path) -> None:
+    runs = [
+        {"name": f"stage-{stage}", "zero_stage": stage, "steps": 6, "poisoned_step": 2, **BATCH} for stage in range(4)
+    ]
+    (alone,) = run_group(tmp_path, 1, [runs[0] | {"name": "alone"}])
+    assert [math.isnan(loss) for loss in alone] == [False, False, True, False, False, False]
+    for run, losses in zip(runs, run_group(tmp_path, 2, runs), strict=True):
+        assert losses == pytest.approx(alone, abs=1e-5, nan_ok=True), run
+        (record,) = json.loads((tmp_path / str(run["name"]) / "skipped-steps.json").read_text())
+        assert record["step"] == 3
+        assert len(record["clips"]) == 12  # of the whole global batch
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_diagnosed_by_the_other_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = {"name": "run", "zero_stage": 2, "steps": 6, "checkpoint_every_steps": 2, **BATCH}
+    with group(tmp_path, 2, [run | {"hang": 3}], tmp_path / "never.json", timeout_seconds=10.0) as processes:
+        _, stderr = processes[0].communicate(timeout=200)
+        assert processes[1].poll() is None  # it still hangs
+    assert "worker 0 of 2 waited longer than train.collective_timeout_seconds=" in stderr
+    assert "goes on from its last checkpoint" in stderr
+    assert sound_steps(open_place(str(tmp_path / "run" / "checkpoints"))) == [2]
+    (whole,) = run_group(tmp_path, 2, [run | {"name": "whole"}])
+    (rest,) = run_group(tmp_path, 2, [run])
+    assert rest == whole[2:]
+
+
+@pytest.mark.slow
+def test_a_stop_request_reaches_all_workers_within_seconds_of_a_run_that_hardly_reports(tmp_path: Path) -> None:
+    many = 1_000_000
+    options = {"steps": many, "log_every_steps": many, "checkpoint_every_steps": many}
+    output = open_place(str(tmp_path / "run"))
+    with group(tmp_path, 2, [{"name": "run", "zero_stage": 1, **BATCH, **options}], tmp_path / "never.json"):
+        while not (output / "attempts.json").exists():
+            time.sleep(0.2)
+        time.sleep(15)  # it trains
+        begun = time.monotonic()
+        (output / STOP_REQUEST).write_json({})
+        while not sound_steps(output / "checkpoints"):
+            assert time.monotonic() - begun < 25, "spot machines are gone after 30 s"
+            time.sleep(0.1)
+        print(f"checkpoint {time.monotonic() - begun:.1f} s after the request")
+    (step,) = sound_steps(output / "checkpoints")
+    commit = (output / "checkpoints" / f"step-{step:08d}" / "commit.json").read_json()
+    assert commit["world_size"] == len(commit["files"]) == 2
