@@ -24,6 +24,7 @@ from beats_ray.data.stream import (
     example_spec,
     execution_options,
     open_reader,
+    read_windows,
     rounds_of_a_block,
 )
 from beats_ray.objectstore import EmbeddedObjectStore
@@ -400,6 +401,20 @@ def test_any_number_of_workers_and_any_start_give_the_same_global_batches(
             assert [i for b in batches for i in b.clip_ids] == expected["clip_id"][
                 first : first + global_batch
             ].tolist()
+
+
+@pytest.mark.ray
+def test_a_read_task_hands_its_tables_on_before_it_ends(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    import ray
+
+    manifest = read_manifest(dataset)
+    plan = build_plan(manifest, seed=4, shuffle_window_clips=1000)
+    assert plan.windows_per_epoch == 1  # one task
+    reader = open_reader(dataset, manifest, plan, SETTINGS, None)
+    blocks = read_windows(reader, SETTINGS, 0, manifest.clips, table_clips=6).materialize().to_arrow_refs()
+    sizes = [block.num_rows for block in ray.get(list(blocks))]
+    assert sum(sizes) == manifest.clips == 54
+    assert max(sizes) <= 18  # lengths differ: a table of short clips waits for the next
 
 
 @pytest.mark.ray
