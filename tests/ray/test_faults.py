@@ -52,7 +52,6 @@ def dataset(proxy: FaultProxy, raw: Path) -> str:
     return "s3://faults/data"
 
 
-@pytest.mark.slow
 @pytest.fixture(autouse=True)
 def sound_again(proxy: FaultProxy) -> Iterator[None]:
     """A test that fails leaves no faults to the next."""
@@ -60,6 +59,7 @@ def sound_again(proxy: FaultProxy) -> Iterator[None]:
     proxy.rates = FaultRates()
 
 
+@pytest.mark.slow
 def test_prepare_outlives_faults_and_an_outage_with_the_same_bytes(proxy: FaultProxy, raw: Path) -> None:
     open_place("s3://faults/raw").upload(raw)
     settings = ["data.row_group_clips=8", "data.shard_mib=0.5", "data.retry_seconds=60"]
