@@ -56,7 +56,7 @@ class Trace:
             reader = open_reader(*arguments)
 
             class TracedReader:  # local, so that it travels to the workers by value
-                plan = reader.plan
+                plan, clip_bytes = reader.plan, reader.clip_bytes
                 read = staticmethod(_traced(reader.read, folder, "read"))
 
             return TracedReader()
