@@ -33,7 +33,7 @@ from beats_ray.data.plan import (
 )
 from beats_ray.data.shards import check_schema
 from beats_ray.data.storage import Place, with_retries
-from beats_ray.data.stream import example_spec, length_buckets, open_reader, read_windows
+from beats_ray.data.stream import bucket_samples_of, example_spec, length_buckets, open_reader, read_windows
 
 DECODE_CLIPS = 64  # clips of one call in a decode task
 STORE_FRACTION = 0.4  # of the object store, the rest is for what passes through it
@@ -139,7 +139,7 @@ class ClipCache:
                 position, index_P = clips_of(ordinal)
                 clips += [self._clips[i] for i in index_P[max(0, start - position) : stop - position]]
             columns = make_examples(clips, np.arange(start, stop), spec)
-            batch = to_micro_batch(columns, bucket_samples=spec.bucket_samples)
+            batch = to_micro_batch(columns, bucket_samples=bucket_samples_of(self.settings))
             yield replace(batch, wait_seconds=time.perf_counter() - begun)
 
     @cached_property

@@ -93,8 +93,6 @@ class ExampleSpec:
     clips_per_epoch: int
     crop_seed: int | None
     """Seed of the random crops; None cuts the middle out."""
-    bucket_samples: int = 0
-    """A micro-batch ends with the first multiple of this that holds all its clips; 0: after clip_samples."""
 
     @property
     def patch_labels(self) -> int:

@@ -205,9 +205,7 @@ def open_reader(
     """The reader of a plan's windows; UserError where the labels are not those of this data set."""
     labels_version = check_labels(labels, manifest, dataset) if labels else ""
     clip_bytes = sum(shard.bytes for shard in manifest.shards) // max(1, manifest.clips)
-    return WindowReader(
-        dataset, labels, plan, manifest.versions, labels_version, settings.retry_seconds, max(1, clip_bytes)
-    )
+    return WindowReader(dataset, labels, plan, manifest.versions, labels_version, settings.retry_seconds, clip_bytes)
 
 
 def example_spec(
@@ -219,7 +217,6 @@ def example_spec(
         num_classes=len(manifest.label_names),
         clips_per_epoch=plan.clips_per_epoch,
         crop_seed=crop_seed,
-        bucket_samples=bucket_samples_of(settings),
     )
 
 
