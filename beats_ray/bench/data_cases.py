@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from beats_ray.config import BenchConfig, RaySettings, StreamSettings
 BATCH_CLIPS = 16
 ROW_GROUP_CLIPS = 64
 SHARD_ROW_GROUPS = 4
+STORE_MIB = 2048
 DISTINCT_CLIPS = 64
 """Synthesised clips; the data set repeats them under other names."""
 
 Step = Callable[[], float | None]
-_OPEN: list[object] = []
 
 
 def bare_limit(config: BenchConfig) -> Step:
@@ -56,15 +57,16 @@ def our_stream(config: BenchConfig) -> Step:
     from beats_ray.launch import ray_cluster
 
     folder = _shards(config)
-    cluster = ray_cluster(RaySettings(address="local", object_store_mib=1024))
+    cluster = ray_cluster(RaySettings(address="local", object_store_mib=STORE_MIB))
     cluster.__enter__()
-    _OPEN.append(cluster)  # ends with the process of this case
+    Finalize(None, cluster.__exit__, (None, None, None), exitpriority=0)  # when the process of this case ends
     dataset = open_place(folder)
     manifest = read_manifest(dataset)
     cores = os.cpu_count() or 1
     settings = StreamSettings(
-        path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2), prefetch_blocks=4
-    )
+        path=folder, clip_seconds=config.seconds, read_tasks=max(1, cores // 2), decode_cpus=0.6, prefetch_blocks=4,
+        buffer_mib=STORE_MIB // 2,
+    )  # fmt: skip
 
     def step() -> float:
         steps = config.num_clips // BATCH_CLIPS

@@ -60,6 +60,7 @@ DATA_NODE_LABELS = {"beats-ray/role": "data"}
 """Label of the nodes of a cluster that read and decode and do not train."""
 BLOCK_CLIPS, BLOCK_BYTES = 256, 24 * 2**20  # at most, in one block, if a micro-batch has less
 TASK_CLIPS, TASK_BYTES = 1024, 96 * 2**20  # at most, of all workers, decoded and dealt by one call
+LONE_WORKER_BLOCKS = 2  # decoded by one call where a single worker gets them all: a task costs Ray more than a block
 READ_CPUS = 0.25  # a read task waits for storage nearly all of its time
 MAX_READ_TASKS = 4096  # each costs a fraction of a millisecond before the first batch; longer runs get longer tasks
 DEFAULTS = StreamSettings()
@@ -108,6 +109,8 @@ def build_stream(
     stop = start + -(-(stop - start) // (rounds * round_clips)) * rounds * round_clips  # whole blocks for every worker
     decode = example_decoder(spec, (micro_batch_size, num_workers) if rounds > 1 else None)
     task_clips = rounds * round_clips if rounds > 1 else micro_batch_size
+    if rounds > 1 and num_workers == 1:
+        task_clips *= min(LONE_WORKER_BLOCKS, max(1, (stop - start) // task_clips))
     rows = read_windows(reader, settings, start, stop, task_clips)
     stream = _in_blocks(rows, decode, settings, task_clips, rounds * micro_batch_size)
     stream.context.execution_options = execution_options(settings, num_workers)
