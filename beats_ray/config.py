@@ -44,6 +44,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+PATCH_SECONDS = 0.16  # 16 frames of 10 ms
 LoggerName = Literal["tensorboard", "prometheus", "mlflow", "wandb"]
 
 
@@ -129,6 +130,15 @@ class StreamSettings(Section):
     buffer_mib: PositiveInt = 512
     """Object-store memory that the stream may fill for each training worker, MiB; never more than half of the cluster's
     object store (`ray.object_store_mib` of a private one)."""
+
+    @model_validator(mode="after")
+    def _buckets_hold_a_patch(self) -> Self:
+        if 0.0 < self.length_bucket_seconds < PATCH_SECONDS:
+            raise ValueError(
+                f"length_bucket_seconds={self.length_bucket_seconds:g} is shorter than a patch, {PATCH_SECONDS:g} s; "
+                "use at least that, or 0 for off"
+            )
+        return self
 
 
 class EncoderSettings(Section):

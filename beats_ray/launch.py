@@ -27,7 +27,6 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # starting Python takes long on a busy small machine
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_enable_metrics_collection": "0",

@@ -132,7 +132,7 @@ def _check_shard(data: bytes, index: pa.Table, shard: Shard, num_labels: int, fo
         if named["clip_id"].to_pylist() != names or not named["num_samples"].equals(rows["num_samples"]):
             yield f"row group {number} holds other clips than its index says"
         labels = pa.compute.list_flatten(rows["labels"]).to_pylist()
-        outside = [label for label in labels if not 0 <= label < max(num_labels, 1)]
+        outside = [label for label in labels if not 0 <= label < num_labels]
         if outside:
             yield f"row group {number}: label id {outside[0]} is outside the vocabulary of {num_labels}"
         try:

@@ -3,6 +3,7 @@
 `run_pretrain`, `run_distill` and `run_finetune` differ in the task they name; `_Run` is what the workers get.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,10 @@ from beats_ray.train.loggers import check_loggers
 
 WATCH_SECONDS = 1.0
 NOTICE_SECONDS = 25.0  # spot machines and pods end 30 s after their notice
+RESERVATION_SECONDS = 600
+"""How long Ray Train waits for room for a run's workers before it looks at the cluster again."""
+ELASTIC_RESERVATION_SECONDS = 30
+"""The same of an elastic run, whose number of workers may be that of nodes that are gone."""
 
 Written = list[tuple[str, str]]
 """What a job wrote: (label, place)."""
@@ -119,6 +124,9 @@ def _fit(run: Run) -> None:
     from beats_ray.train.faults import STOP_REQUEST
 
     settings = run.train
+    is_elastic = settings.min_workers < settings.max_workers
+    seconds = ELASTIC_RESERVATION_SECONDS if is_elastic else RESERVATION_SECONDS
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)  # Ray takes it along to the controller
     datasets: dict[str, Any] = {}
     data_config = None
     if run.cache is None:

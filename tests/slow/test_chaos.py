@@ -37,7 +37,7 @@ KINDS = (
 NOTICE_SECONDS = 30
 CHECKPOINT_STEPS = 10
 NUM_FAULTS = int(os.environ.get("BEATS_RAY_CHAOS_FAULTS", "21"))
-SEED = 0
+SEED = int(os.environ.get("BEATS_RAY_CHAOS_SEED", "0"))
 STEPS_A_FAULT = 12
 STEPS = STEPS_A_FAULT * (NUM_FAULTS + 2)
 RECOVERY_SECONDS = 300
@@ -102,7 +102,7 @@ def environment(tmp_path: Path) -> Iterator[tuple[dict[str, str], EmbeddedObject
     ):
         store.make_bucket("beats")
         values = {name: proxy.endpoint if "ENDPOINT" in name else value for name, value in store.environment().items()}
-        values |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+        values |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         for name, value in values.items():
             patch.setenv(name, value)
         yield dict(os.environ), store

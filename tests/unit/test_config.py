@@ -236,3 +236,9 @@ def test_a_batch_of_too_few_seconds_names_the_least() -> None:
     found = failure(PretrainConfig, "output=o", "train.global_batch_seconds=100", "train.num_workers=4")
     assert message in found
     assert "use 320, or lower micro_batch_size" in found
+
+
+def test_a_length_bucket_holds_a_patch() -> None:
+    message = "data.length_bucket_seconds=0.1 is shorter than a patch, 0.16 s; use at least that, or 0 for off"
+    assert message in failure(PretrainConfig, "output=o", "data.length_bucket_seconds=0.1")
+    assert load_config(PretrainConfig, None, ["output=o", "data.length_bucket_seconds=0.16"])
