@@ -158,6 +158,18 @@ class Run:
             time.sleep(0.2)
         return found
 
+    def attempts(self) -> int:
+        """How often the workers have started."""
+        return int((self.output / "attempts.json").read_json()["attempts"])
+
+    def wait_for_attempt(self, number: int) -> None:
+        """Waits until the workers have started so many times."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while self.attempts() < number:
+            assert self.driver.poll() is None, f"it ended instead of starting again\n{self.tail()}"
+            assert time.monotonic() < deadline, f"attempt {number} did not come\n{self.tail()}"
+            time.sleep(0.2)
+
     def wait_for_workers(self, workers: int) -> int:
         """Waits for a new checkpoint of so many workers; returns its step."""
         begun, folder = max(sound_steps(self.output / "checkpoints"), default=0), self.output / "checkpoints"
@@ -210,12 +222,26 @@ def inflict(kind: str, run: Run, nodes: Nodes, store: EmbeddedObjectStore, chanc
         time.sleep(20)
         store.start()
     else:
-        while not (steps := sound_steps(run.output / "checkpoints")):
+        while not sound_steps(run.output / "checkpoints"):
             time.sleep(0.2)
-        checkpoint = run.output / "checkpoints" / f"step-{steps[-1]:08d}"
-        part = next(place for place in checkpoint.list() if place.name.endswith(".safetensors"))
-        part.write_bytes(part.read_bytes()[: chance.randrange(1000)])
         chance.choice(training_processes()).kill()
+        truncate_newest(run.output / "checkpoints", chance)
+
+
+def truncate_newest(checkpoints: Place, chance: random.Random) -> None:
+    """Cuts a file of the newest checkpoint short, and of one that a dying worker still commits after it."""
+    cut: set[int] = set()
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline:
+        newest = max(sound_steps(checkpoints), default=0)
+        if newest and (not cut or newest > max(cut)):
+            folder = checkpoints / f"step-{newest:08d}"
+            part = next(place for place in folder.list() if place.name.endswith(".safetensors"))
+            part.write_bytes(part.read_bytes()[: chance.randrange(1000)])
+            cut.add(newest)
+        time.sleep(0.2)
+    assert cut, "there was no checkpoint to be cut short"
+    assert max(sound_steps(checkpoints), default=0) < max(cut), "the run can still read what was cut short"
 
 
 def unscheduled(run: Run) -> int:
@@ -277,16 +303,20 @@ def test_a_run_ends_as_if_there_had_been_no_faults(
     chance.shuffle(kinds)
     run = Run("chaos", tmp_path, values, nodes.address, STEPS)
     run.start()
-    rows = []
     for number, kind in enumerate(kinds):
-        before = run.wait_for_step(number * STEPS_A_FAULT + chance.randrange(STEPS_A_FAULT))
+        before, attempts = run.wait_for_step(number * STEPS_A_FAULT + chance.randrange(STEPS_A_FAULT)), run.attempts()
         begun = time.monotonic()
         inflict(kind, run, nodes, store, chance)
         kept = max(sound_steps(run.output / "checkpoints"), default=0)
-        run.wait_for_step(run.step() + 5 if kind == AWAY else before + 5)
-        lost = 0 if kind == AWAY else max(0, before - kept)
-        rows.append((kind, before, lost, time.monotonic() - begun))
-        print(f"{kind:30} step {before:5d}  lost {lost:3d}  {rows[-1][3]:6.1f} s", flush=True)
+        if kind != AWAY:
+            run.wait_for_attempt(attempts + 1)
+        run.wait_for_step(max(run.step(), before) + 5)
+        restarts = run.attempts() - attempts
+        lost = max(0, before - kept) if restarts else 0
+        print(
+            f"{kind:30} step {before:5d}  lost {lost:3d}  restarts {restarts}  {time.monotonic() - begun:6.1f} s",
+            flush=True,
+        )
     assert run.driver.wait(1200) == 0, run.tail()
 
     assert run.losses() == undisturbed.losses()
