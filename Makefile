@@ -1,3 +1,4 @@
+# make install                                                  .venv with the pinned packages and the command beats-ray
 # make demo [DATA=DIR|s3://...|gs://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
 # make test | test-slow | test-gpu [PYTHON=...] | check         tests and checks
 # Every target makes .venv by itself, from the exact pins of constraints.txt, and again only when those change.
@@ -6,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu check format lock clean
+.PHONY: help install demo test test-slow test-gpu check format lock clean
 
 UV_VERSION := 0.13.9
 BIN := .venv/bin
@@ -21,7 +22,9 @@ DATA ?=
 OUTPUT ?=
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/beats-ray demo $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget "$(BUDGET)") $(if $(OUTPUT),--output "$(OUTPUT)")

@@ -229,8 +229,10 @@ def prepare(arguments: tuple[str, ...], verify_path: str | None) -> None:
 def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
     if paths:
         raise UserError(f"prepare --verify takes the prepared data set alone, got {' '.join(paths)} too")
+    from beats_ray.data.manifest import read_manifest
+
     settings = load_config(config.VerifyConfig, None, overrides)
-    _require_exists("dataset", dataset)
+    read_manifest(_require_exists("dataset", dataset))
 
     def job(console: Console) -> list[tuple[str, str]]:
         console.stage(f"verify {dataset}")
@@ -358,10 +360,10 @@ def _check_place(settings: Job, need: str) -> None:
             _require_exists(name, value)
 
 
-def _require_exists(name: str, path: str) -> None:
+def _require_exists(name: str, path: str) -> Any:
     from beats_ray.data.storage import existing_place
 
-    existing_place(name, path)
+    return existing_place(name, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -93,6 +93,15 @@ class PrepareSettings(Section):
     retry_seconds: PositiveFloat = 120.0
     """How long a read or a write is tried again while the object store answers with errors or not at all."""
 
+    @model_validator(mode="after")
+    def _overlap(self) -> Self:
+        if self.overlap_seconds > self.max_clip_seconds / 2:
+            raise ValueError(
+                f"overlap_seconds={self.overlap_seconds:g} must be at most half of max_clip_seconds="
+                f"{self.max_clip_seconds:g}; use {self.max_clip_seconds / 2:g} or less"
+            )
+        return self
+
 
 class VerifySettings(Section):
     retry_seconds: PositiveFloat = 120.0

@@ -8,11 +8,12 @@ without it holds no data set, and the same command goes on with the shards that 
 settings give the same bytes on any cluster, because the plan depends on the list of files alone.
 
 Every file of the source is accounted for once: in `index/` (the clips of each file), in `quarantine.parquet` (files
-that cannot be used, and why), or in `skipped.parquet` (files that the layout does not want). `beats_ray.data.verify`
-proves it.
+that cannot be used, and why), or in `skipped.parquet` (files that the layout does not want, or that are no audio).
+`beats_ray.data.verify` proves it. `missing.parquet` has what tables name and the source does not hold.
 """
 
 import hashlib
+import math
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ import pyarrow as pa
 
 from beats_ray.config import PrepareConfig, UserError
 from beats_ray.data.datasets.audioset import read_audioset
-from beats_ray.data.datasets.csv_table import read_csv_table
+from beats_ray.data.datasets.csv_table import find_table, read_csv_table
 from beats_ray.data.datasets.esc50 import check_layout, read_esc50
 from beats_ray.data.datasets.folder import read_folder
 from beats_ray.data.datasets.parquet import read_parquet
@@ -43,6 +44,7 @@ from beats_ray.data.source import (
     Reader,
     SourceClip,
     SourceListing,
+    account_for_others,
     in_zip_too,
     require_folder,
     source_root,
@@ -94,16 +96,13 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
             f"data.max_clip_seconds={config.data.max_clip_seconds:g}: must be at least "
             f"{2 * MIN_SAMPLES / SAMPLE_RATE_HZ:g}; a clip needs one frame of the filterbank"
         )
-    if config.data.overlap_seconds > config.data.max_clip_seconds / 2:
-        raise UserError(
-            f"data.overlap_seconds={config.data.overlap_seconds:g}: must be at most half of data.max_clip_seconds="
-            f"{config.data.max_clip_seconds:g}; lower it"
-        )
     listing = insist(lambda: READERS[config.kind](source, config.layout))
     listing.quarantined += undecodable_files(source)
+    insist(lambda: account_for_others(source, listing))
     insist(lambda: _check_quarantine(config, output, listing.num_files, listing.quarantined))
     plans = plan_shards(config, insist(lambda: source_root(source)), output, listing.clips)
     results = _finished_shards(plans)
+    insist((output / "dataset.json").delete)  # of a set that has lost a shard: it is none until it is whole again
     done = len(listing.quarantined) + sum(result.num_files for result in results.values())
     on_progress(done, listing.num_files)
     for index, result in _run_on_ray({index: plan for index, plan in enumerate(plans) if index not in results}):
@@ -114,7 +113,8 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     quarantined = listing.quarantined + [bad for result in ordered for bad in result.quarantined]
     insist(lambda: _check_quarantine(config, output, listing.num_files, quarantined))
     manifest = _manifest(config, source, listing, ordered, len(quarantined))
-    insist(lambda: _publish(output, manifest, plans, quarantined, listing.skipped))
+    lists = {"quarantine": quarantined, "skipped": listing.skipped, "missing": listing.missing}
+    insist(lambda: _publish(output, manifest, plans, lists))
     return manifest
 
 
@@ -122,28 +122,32 @@ def _publish(
     output: Place,
     manifest: DatasetManifest,
     plans: list[ShardPlan],
-    quarantined: list[Quarantined],
-    skipped: list[Quarantined],
+    lists: dict[str, list[Quarantined]],
 ) -> None:
     """Everything but the shards and their index; `dataset.json` last."""
     _delete_others(output / "shards", {shard.file for shard in manifest.shards})
     _delete_others(output / "index", {plan.index.name for plan in plans})
-    write_table(output / "quarantine.parquet", _quarantine_table(quarantined))
-    write_table(output / "skipped.parquet", _quarantine_table(skipped))
+    for name, items in lists.items():
+        write_table(output / f"{name}.parquet", _quarantine_table(items))
     (output / "dataset.json").write_json(manifest.model_dump(mode="json"))
 
 
 def check_source(config: PrepareConfig) -> None:
-    """UserError for a source that is not there, empty or plainly not of this kind: what needs no cluster to see.
+    """UserError for a source that is not there, empty or plainly not of this kind, and for an output that lies in it or
+    holds another data set: what needs no cluster to see.
 
     Nothing is tried again: a store that does not answer the first question is most often a mistake in its address.
     """
-    source = existing_place("source", config.source)
+    source, output = existing_place("source", config.source), open_place(config.output)
+    if source.is_dir() and f"{output.uri}/".startswith(f"{source.uri}/"):
+        raise UserError(f"output={output.uri}: lies in source={source.uri}, among the recordings; give another output")
     if source.is_dir():
         require_folder(source)
         if config.kind == "esc50":
             check_layout(source)
-    open_place(config.output)
+    if config.kind == "csv" and not source.name.lower().endswith(".zip"):
+        find_table(source, config.layout)
+    _finished(config, source, output)
 
 
 def plan_shards(config: PrepareConfig, source: Place, output: Place, clips: list[SourceClip]) -> list[ShardPlan]:
@@ -202,6 +206,7 @@ def _settings(config: PrepareConfig) -> dict[str, str | int | float]:
 
 
 def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetManifest | None:
+    """The data set that the output holds, if it has all its shards. UserError for one of another source or settings."""
     if not (output / "dataset.json").exists():
         return None
     manifest = read_manifest(output)
@@ -213,7 +218,9 @@ def _finished(config: PrepareConfig, source: Place, output: Place) -> DatasetMan
                 f"output={output.uri}: holds a data set made with {name}={found.get(name)!r}, now it is "
                 f"{wanted[name]!r}; give another output, or delete that folder"
             )
-    return manifest
+    index, sizes = (output / "index").sizes(), (output / "shards").sizes()
+    whole = all(shard.file in index and sizes.get(shard.file) == shard.bytes for shard in manifest.shards)
+    return manifest if whole else None
 
 
 def _finished_shards(plans: list[ShardPlan]) -> dict[int, ShardResult]:
@@ -275,8 +282,12 @@ def _check_quarantine(config: PrepareConfig, output: Place, num_files: int, bad:
     raise TooManyBadClips(
         f"data.max_bad_clip_fraction={limit:g}: {len(bad)} of {num_files} files ({len(bad) / num_files:.1%}) cannot be "
         f"used: {worst} x {reason} ({examples}){also}; all of them are listed in {output.uri}/quarantine.parquet; "
-        "mend or remove them, or raise data.max_bad_clip_fraction"
+        f"mend or remove them, or set data.max_bad_clip_fraction={_rounded_up(len(bad) / num_files):g}"
     )
+
+
+def _rounded_up(fraction: float) -> float:
+    return min(1.0, math.ceil(fraction * 100) / 100)
 
 
 def _quarantine_table(bad: list[Quarantined]) -> pa.Table:
@@ -314,7 +325,7 @@ def _manifest(
         source_files=listing.num_files,
         quarantined=num_bad,
         skipped=len(listing.skipped),
-        missing=listing.missing,
+        missing=len(listing.missing),
         shards=shards,
         settings=_settings(config),
     )

@@ -63,7 +63,7 @@ class SourceListing:
     quarantined: list[Quarantined] = field(default_factory=list)
     skipped: list[Quarantined] = field(default_factory=list)
     """Files that the layout leaves out on purpose: of another subset, not named by any table."""
-    missing: int = 0
+    missing: list[Quarantined] = field(default_factory=list)
     """Recordings that the tables name and the source does not hold, where that is usual (AudioSet)."""
 
     @property
@@ -142,6 +142,34 @@ def undecodable_files(source: Place) -> list[Quarantined]:
             bytes=_local_size(source, name),
         )
         for name in sorted(bad)
+    ]
+
+
+def account_for_others(source: Place, listing: SourceListing) -> None:
+    """Enters what the reader of a folder did not look at: files that are no audio, and links that lead nowhere.
+
+    Hidden files and folders are in no list.
+    """
+    if not source.is_dir():
+        return
+    paths = [clip.path for clip in listing.clips]
+    paths += [item.path for item in (*listing.quarantined, *listing.skipped)]
+    accounted = {path.partition("!/")[0] for path in paths}
+    sizes = list_files(source)
+    listing.skipped += [
+        Quarantined(name, "other-file", "not audio by its suffix, or not in a place that this kind looks at", size)
+        for name, size in sizes.items()
+        if name not in accounted
+    ]
+    if type(source) is not Place or source.is_remote:
+        return
+    unseen = (
+        {name for name in _local_files(source) if _is_utf8(name) and not _is_hidden(name)} - sizes.keys() - accounted
+    )
+    listing.quarantined += [
+        Quarantined(name, "dangling-link", "a link to a file that is not there")
+        for name in sorted(unseen)
+        if is_audio(name) and Path(source.path, name).is_symlink()
     ]
 
 

@@ -49,7 +49,7 @@ class Accounts:
     def __str__(self) -> str:
         return (
             f"{self.source_files} source files = {self.in_shards} in {self.shards} shards ({self.clips} clips) + "
-            f"{self.quarantined} quarantined; {self.skipped} more skipped"
+            f"{self.quarantined} quarantined; {self.skipped} other files skipped"
         )
 
 
@@ -70,12 +70,14 @@ def verify(
     items = [{"shard": shard.model_dump_json()} for shard in manifest.shards]
     check = partial(_check_row, dataset=dataset, num_labels=len(manifest.label_names), retry_seconds=retry_seconds)
     faults: list[str] = []
+    damaged: list[str] = []
     ids: list[pa.Array] = []
     clips = samples = 0
     if items:
         with quiet_ray_data():
             for row in ray.data.from_items(items, override_num_blocks=len(items)).map(check).iter_rows():
                 faults += row["faults"]
+                damaged += [row["file"]] if row["faults"] else []
                 ids.append(pa.array(row["clip_hashes"], pa.uint64()))
                 clips += row["clips"]
                 samples += row["samples"]
@@ -89,15 +91,18 @@ def verify(
         faults.append(f"the clips last {samples / SAMPLE_RATE_HZ:.3f} s, dataset.json says seconds={manifest.seconds}")
     if faults:
         more_faults = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise DatasetDamaged(
-            f"{dataset.uri}: {'; '.join(faults[:SHOWN_FAULTS])}{more_faults}; delete dataset.json and prepare it again"
-        )
+        remedy = "delete dataset.json and prepare it again"
+        if damaged:
+            shown = ", ".join(f"index/{name}" for name in damaged[:SHOWN_FAULTS])
+            others = ", ..." if len(damaged) > SHOWN_FAULTS else ""
+            remedy = f"delete {shown}{others}, and prepare it again: it makes the shards without an index anew"
+        raise DatasetDamaged(f"{dataset.uri}: {'; '.join(faults[:SHOWN_FAULTS])}{more_faults}; {remedy}")
     return accounts
 
 
 def _check_row(row: dict[str, Any], dataset: Place, num_labels: int, retry_seconds: float) -> dict[str, Any]:
     shard = Shard.model_validate_json(row["shard"])
-    found: dict[str, Any] = {"faults": [], "clip_hashes": [], "clips": 0, "samples": 0}
+    found: dict[str, Any] = {"file": shard.file, "faults": [], "clip_hashes": [], "clips": 0, "samples": 0}
     columns = ["clip_id", "row_group", "num_samples"]
     try:
         data = with_retries((dataset / "shards" / shard.file).read_bytes, retry_seconds)

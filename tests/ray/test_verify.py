@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def prepared(raw: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory)
 def test_every_source_file_is_accounted_for(prepared: Path) -> None:
     seen: list[tuple[int, int]] = []
     accounts = verify(str(prepared), lambda done, total: seen.append((done, total)))
-    assert (accounts.source_files, accounts.in_shards, accounts.quarantined, accounts.skipped) == (100, 98, 2, 0)
+    assert (accounts.source_files, accounts.in_shards, accounts.quarantined, accounts.skipped) == (100, 98, 2, 1)
     assert accounts.clips == 98
     assert seen[-1] == (98, 98)
     assert str(accounts).startswith("100 source files = 98 in ")
@@ -162,7 +163,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: (folder / "index/00001.parquet").unlink(), "shards/00001.parquet: it or its index is missing"),
     (edit(clips=97), "the shards hold 98 clips, dataset.json says clips=97"),
     (edit(seconds=1.0), "dataset.json says seconds=1.0"),
-    (edit(skipped=4), "0 files are accounted for as skipped, dataset.json says 4"),
+    (edit(skipped=4), "1 files are accounted for as skipped, dataset.json says 4"),
     (rewrite_shard(swap_audio), "its audio"),
     (rewrite_shard(wrong_label), "label id 99 is outside the vocabulary of 10"),
     (rewrite_shard(other_names), "holds other clips than its index says"),
@@ -177,12 +178,21 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 def test_every_kind_of_damage_is_named(
     damage: Callable[[Path], None], message: str, prepared: Path, tmp_path: Path
 ) -> None:
-    for path in prepared.rglob("*"):
-        if path.is_file():
-            target = tmp_path / path.relative_to(prepared)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(DatasetDamaged, match=re.escape(message)) as caught:
         verify(str(tmp_path), ignore)
     assert "\n" not in str(caught.value)
+
+
+def test_what_verify_advises_mends_a_damaged_shard_and_prepare_finds_a_lost_one(
+    prepared: Path, raw: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared, tmp_path / "out")
+    flip_a_byte(tmp_path / "out")
+    with pytest.raises(DatasetDamaged, match=r"delete index/00001\.parquet, and prepare it again"):
+        verify(str(tmp_path / "out"), ignore)
+    (tmp_path / "out/index/00001.parquet").unlink()
+    (tmp_path / "out/shards/00000.parquet").unlink()
+    prepare(config(raw, tmp_path / "out"), ignore)
+    assert content(tmp_path / "out") == content(prepared)

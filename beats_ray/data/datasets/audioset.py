@@ -36,7 +36,7 @@ class Segment:
 
 
 def read_audioset(source: Place, layout: LayoutSettings) -> SourceListing:
-    """The recordings that the tables name, with their labels; segments without a recording are counted as missing.
+    """The recordings that the tables name, with their labels; segments without a recording are listed as missing.
 
     UserError where a table is not as published or no recording belongs to any segment.
     """
@@ -65,7 +65,12 @@ def read_audioset(source: Place, layout: LayoutSettings) -> SourceListing:
             f"source={source.uri}: none of {len(sizes)} audio files is named by the id of a segment in {tables.uri}; "
             "name them by YouTube id, or choose other layout.subsets"
         )
-    listing.missing = sum(map(len, segments.values())) - len(used)
+    listing.missing = [
+        Quarantined(f"{segment.video}_{segment.start:.3f}", "missing-clip", f"a segment of {segment.subset}")
+        for video in segments.values()
+        for segment in video
+        if segment not in used
+    ]
     return listing
 
 

@@ -3,8 +3,9 @@
     path,labels,fold
     birds/one.flac,blackbird;rain,1
 
-The table is `layout.table`, else the source itself where that is a .csv or .tsv file, else `metadata.csv` in it. Paths
-are relative to the source, or to the folder that the table lies in where the source is the table.
+The table is `layout.table` (an address, or a path below the source), else the source itself where that is a .csv or
+.tsv file, else `metadata.csv` in it. Paths are relative to the source, or to the folder that the table lies in where
+the source is the table.
 """
 
 from pathlib import PurePosixPath
@@ -30,7 +31,7 @@ from beats_ray.data.storage import Place, open_place
 def read_csv_table(source: Place, layout: LayoutSettings) -> SourceListing:
     """Every recording that the table names; paths are below `source_root(source)`."""
     root = source_root(source)
-    table = _find_table(source, layout)
+    table = find_table(source, layout)
     sizes = list_files(root)
     rows: dict[str, dict[str, str]] = {}
     folds: dict[str, int] = {}
@@ -66,12 +67,17 @@ def read_csv_table(source: Place, layout: LayoutSettings) -> SourceListing:
     return listing
 
 
-def _find_table(source: Place, layout: LayoutSettings) -> Place:
+def find_table(source: Place, layout: LayoutSettings) -> Place:
+    """The table that names the recordings. UserError where there is none."""
     if layout.table:
-        table = open_place(layout.table)
-        if not table.exists():
-            raise UserError(f"layout.table={layout.table}: does not exist; check the path")
-        return table
+        places = [open_place(layout.table)]
+        if "://" not in layout.table and not layout.table.startswith("/"):
+            places.insert(0, source_root(source) / layout.table)
+        found = next((table for table in places if table.exists()), None)
+        if found is None:
+            tried = " or ".join(table.uri for table in places)
+            raise UserError(f"layout.table={layout.table}: there is no {tried}; check the path")
+        return found
     if not source.exists():
         raise UserError(f"source={source.uri}: does not exist; give a table, or a folder that holds metadata.csv")
     if not source.is_dir():

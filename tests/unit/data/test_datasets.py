@@ -24,7 +24,7 @@ from beats_ray.data.datasets.speech_commands import COMMANDS, read_speech_comman
 from beats_ray.data.datasets.unlabelled import read_unlabelled
 from beats_ray.data.datasets.webdataset import read_webdataset
 from beats_ray.data.decode import decode_clip
-from beats_ray.data.prepare import READERS
+from beats_ray.data.prepare import READERS, check_source
 from beats_ray.data.shard_writer import ShardPlan, write_shard
 from beats_ray.data.source import (
     MAX_LABELS,
@@ -33,6 +33,7 @@ from beats_ray.data.source import (
     Reader,
     SourceClip,
     SourceListing,
+    account_for_others,
     add_labelled,
     clip_ids,
     is_audio,
@@ -143,7 +144,7 @@ def test_audioset_follows_the_published_tables_whatever_the_files_are_called(roo
         "-0RWZT-miFs_420.000": (NAMES[5], (0, 2), "eval"),
     }
     assert _reasons(listing) == {"x/not-a-video.wav": "not-in-tables", "x/aaaaaaaaaaa.wav": "not-in-tables"}
-    assert (listing.missing, listing.quarantined) == (0, [])
+    assert (listing.missing, listing.quarantined) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_audioset_follows_the_published_tables_whatever_the_files_are_called(roo
 def test_audioset_names_of_all_customs_are_understood(tmp_path: Path, name: str) -> None:
     listing = _list(read_audioset, _tree(tmp_path, name.format("--PJHxphWEs"), **TABLES))
     assert [clip.clip_id for clip in listing.clips] == ["--PJHxphWEs_30.000"]
-    assert listing.missing == 5
+    assert len(listing.missing) == 5
 
 
 def test_audioset_subsets_leave_the_others_out(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_audioset_takes_the_first_of_two_files_and_only_the_segment_that_a_name_
     listing = _list(read_audioset, source)
     assert [(clip.path, clip.clip_id) for clip in listing.clips] == [(names[1], "--PJHxphWEs_90.000")]
     assert _reasons(listing) == {names[0]: "duplicate-segment", names[2]: "not-in-tables", names[3]: "ambiguous"}
-    assert listing.missing == 1
+    assert [(item.path, item.reason) for item in listing.missing] == [("--PJHxphWEs_30.000", "missing-clip")]
 
 
 @pytest.mark.parametrize(
@@ -431,13 +432,40 @@ def test_a_table_without_labels_is_for_pretraining(tmp_path: Path) -> None:
         assert (listing.label_names, len(listing.clips)) == ((), 1)
 
 
+def test_a_relative_table_is_looked_for_in_the_source_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _tree(tmp_path / "s", "a.wav", mine__csv="path,labels\na.wav,x\n")
+    _tree(tmp_path, mine__csv="path,labels\na.wav,y\n", other__csv="path,labels\na.wav,z\n")
+    monkeypatch.chdir(tmp_path)
+    assert _list(read_csv_table, source, table="mine.csv").label_names == ("x",)
+    assert _list(read_csv_table, source, table="other.csv").label_names == ("z",)
+
+
+def test_files_that_no_reader_looks_at_are_accounted_for(tmp_path: Path) -> None:
+    source = _tree(tmp_path, "a/one.wav", "a/two.wav", "a/notes.txt", ".hidden.wav", "a/._one.wav")
+    (tmp_path / "a/gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    (tmp_path / "a/gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    listing = _list(read_unlabelled, source)
+    account_for_others(source, listing)
+    assert sorted(clip.path for clip in listing.clips) == ["a/one.wav", "a/two.wav"]
+    assert [(item.path, item.reason) for item in listing.skipped] == [("a/notes.txt", "other-file")]
+    assert [(item.path, item.reason) for item in listing.quarantined] == [("a/gone.wav", "dangling-link")]
+
+
+@pytest.mark.parametrize("below", ["", "/sub"])
+def test_an_output_among_the_recordings_is_refused(below: str, tmp_path: Path) -> None:
+    source = _tree(tmp_path / "raw", "a/one.wav")
+    with pytest.raises(UserError, match=r"raw.*: lies in source=.*raw, among the recordings; give another output"):
+        check_source(PrepareConfig(kind="unlabelled", source=source.uri, output=f"{source.uri}{below}"))
+    check_source(PrepareConfig(kind="unlabelled", source=source.uri, output=f"{source.uri}-prepared"))
+
+
 def test_a_missing_table_is_one_clear_line(tmp_path: Path) -> None:
     source = _tree(tmp_path, "a.wav", empty__csv="path\n", bad__csv="name\n")
     for given, layout, message in (
         (source, {}, "no metadata.csv"),
         (source / "a.wav", {}, "is no .csv or .tsv file"),
         (source / "x.csv", {}, "does not exist"),
-        (source, {"table": "/nowhere.csv"}, "layout.table=/nowhere.csv: does not exist"),
+        (source, {"table": "/nowhere.csv"}, "layout.table=/nowhere.csv: there is no /nowhere.csv; check"),
         (source / "empty.csv", {}, "names no recordings"),
         (source / "bad.csv", {}, "column 'path' is missing; found: name"),
     ):
