@@ -19,16 +19,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from beats_ray.config import PretrainSettings, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.plan import micro_batch_start
 from beats_ray.data.storage import open_place
-from beats_ray.models import RandomProjectionTokenizer
 from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.faults import explained
-from beats_ray.train.loop import Prepared, run_training
-from beats_ray.train.pretrain import PretrainTask
+from beats_ray.train.loop import Prepared, Task, run_training
+from tests.support.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 CLIPS, SAMPLES = 24, 16_000
@@ -71,13 +69,7 @@ class SyntheticBatches:
 
 
 class Pretraining:
-    """A small pre-training run, to be called again and again with other settings."""
-
-    def settings(self, **train: object) -> PretrainSettings:
-        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
-        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
-        encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
-        return validate(PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train})
+    """A small run, of pre-training unless another task is named, to be called again and again with other settings."""
 
     def run(
         self,
@@ -86,15 +78,17 @@ class Pretraining:
         poisoned_step: int | None = None,
         ranks: tuple[int, int] = (0, 1),
         seen: list[float] | None = None,
+        kind: str = "pretrain",
         **train: object,
     ) -> list[float]:
         """Trains and returns the loss of every step that ran; NaN for a step that was left out.
 
         poisoned_step: the 0-based step whose first micro-batch gives a loss that is no number. ranks: this process's
         rank and the number of processes, whose group is there already. seen: where losses are collected, for a run
-        that is interrupted.
+        that is interrupted. kind: a name of `TASKS`.
         """
-        settings = self.settings(**train)
+        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
+        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
         losses = [] if seen is None else seen
 
         def record(step: int, metrics: dict[str, float]) -> None:
@@ -102,8 +96,8 @@ class Pretraining:
             if report is not None:
                 report(step, metrics)
 
-        torch.manual_seed(settings.train.seed)
-        task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
+        torch.manual_seed(int(str(train.get("seed", 0))))
+        task, settings = TASKS[kind](fields | train)
         if poisoned_step is not None:
             _poison(task, poisoned_step * settings.train.global_batch_size)
         source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size, *ranks)
@@ -118,7 +112,7 @@ class Pretraining:
         return losses
 
 
-def _poison(task: PretrainTask, position: int) -> None:
+def _poison(task: Task, position: int) -> None:
     """Makes the filterbank of the micro-batch that begins at a position no number."""
     prepare = task.prepare
 

@@ -18,6 +18,7 @@ from beats_ray.train.context import single_process_context
 from beats_ray.train.faults import TrainingDiverged
 from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.metrics import read_metrics
+from tests.support.tasks import TASKS
 
 pytestmark = pytest.mark.unit
 
@@ -139,13 +140,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path: Path, pret
     assert len(skipped[0]["clips"]) == 4
 
 
+@pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_poisoned_batch_is_left_out_counted_and_named(tmp_path: Path, pretraining, zero_stage: int) -> None:
-    clean = pretraining.run(tmp_path / "clean", zero_stage=zero_stage, steps=6)
+def test_a_poisoned_batch_is_left_out_counted_and_named(
+    tmp_path: Path, pretraining, kind: str, zero_stage: int
+) -> None:
+    clean = pretraining.run(tmp_path / "clean", kind=kind, zero_stage=zero_stage, steps=6)
     seen: list[float] = []
     losses = pretraining.run(
         tmp_path / "poisoned",
         lambda _step, metrics: seen.append(metrics["train/skipped_steps"]),
+        kind=kind,
         zero_stage=zero_stage,
         steps=6,
         poisoned_step=2,
@@ -153,7 +158,10 @@ def test_a_poisoned_batch_is_left_out_counted_and_named(tmp_path: Path, pretrain
     assert losses[:2] == clean[:2]
     assert math.isnan(losses[2])  # nothing was reported of it
     assert all(math.isfinite(loss) for loss in losses[3:])
-    assert losses[-1] < losses[0]
+    weights = load_file(tmp_path / "poisoned" / "model" / "model.safetensors")  # a codebook among them
+    assert all(value.isfinite().all() for value in weights.values())
+    if kind != "finetune":  # whose mixed clips make the loss jump
+        assert losses[-1] < losses[0]
     assert seen == [0, 0, 1, 1, 1, 1]
     assert json.loads((tmp_path / "poisoned" / "skipped-steps.json").read_text()) == [
         {"step": 3, "clips": ["clip-10", "clip-11", "clip-8", "clip-9"]}
