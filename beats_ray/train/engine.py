@@ -84,6 +84,11 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether all workers must run a forward pass together: ZeRO 3 gathers the weights in it."""
+        return self._settings.zero_stage == 3
+
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward pass."""
         return self._engine(*inputs)

@@ -183,13 +183,35 @@ def evaluate(
         return {}
     means = MetricMeans()
     generator = torch.Generator(context.device)
+    shared = _in_step(clips, context) if engine.forward_is_collective else ((batch, True) for batch in clips)
     with engine.evaluating():
-        for batch in clips:
+        for batch, counts in shared:
             generator.manual_seed(0)
             prepared = task.prepare(batch, generator, training=False)
             loss_sum, sums = task.module(*prepared.inputs)
-            means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
+            if counts:
+                means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
     return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
+
+
+def _in_step(batches: Iterable[MicroBatch], context: WorkerContext) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's batches, and more until every rank has had as many as the one with most; False marks those.
+
+    Workers share clips out unevenly, and one that has no batch left must still take part in the others' forward passes.
+    """
+    remaining = iter(batches)
+    spare: MicroBatch | None = None
+    batch = next(remaining, None)
+    while any(has_batch := context.gather(batch is not None)):
+        if spare is None and not all(has_batch):  # a clip of another worker's: some may have none of their own
+            giver = has_batch.index(True)
+            own = batch.first(1).to("cpu") if batch is not None and context.rank == giver else None
+            spare = context.gather(own)[giver].to(context.device)
+        if batch is not None:
+            yield batch, True
+        elif spare is not None:
+            yield spare, False
+        batch = next(remaining, None)
 
 
 def publish(task: Task, engine: Engine, context: WorkerContext, output: Place) -> None:

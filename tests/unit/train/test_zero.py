@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from beats_ray.data.storage import open_place
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.faults import STOP_REQUEST
+from beats_ray.train.metrics import read_metrics
 from tests.support.tasks import TASKS
 from tests.support.training import group, run_group
 
@@ -91,6 +92,25 @@ def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Pat
         (record,) = json.loads((tmp_path / str(run["name"]) / "skipped-steps.json").read_text())
         assert record["step"] == 3
         assert len(record["clips"]) == 12  # of the whole global batch
+
+
+@pytest.mark.slow
+def test_held_out_clips_that_workers_share_unevenly_have_the_means_of_one_process(tmp_path: Path) -> None:
+    short = BATCH | {"steps": 2, "warmup_steps": 0}
+    runs = [  # of the two workers: two batches and one, one and none
+        {"name": f"stage-{stage}-{batches}", "zero_stage": stage, "held_out_batches": batches, **short}
+        for stage, batches in ((2, 3), (3, 3), (3, 1))
+    ]
+    run_group(tmp_path, 1, [run | {"name": f"alone-{run['held_out_batches']}"} for run in runs[1:]])
+    run_group(tmp_path, 2, runs, timeout_seconds=60.0)
+
+    def held_out_loss(name: str) -> float:
+        return float(read_metrics(open_place(str(tmp_path / name)))[-1]["test/loss"])
+
+    losses = {run["name"]: held_out_loss(str(run["name"])) for run in runs}
+    expected = {run["name"]: held_out_loss(f"alone-{run['held_out_batches']}") for run in runs}
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert len({round(loss, 4) for loss in expected.values()}) == 2  # of other clips, another mean
 
 
 @pytest.mark.slow
