@@ -4,6 +4,7 @@ The engine owns the module, the optimizer and the precision; the loop owns order
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,6 +67,9 @@ class Engine:
             config=deepspeed_config(settings, dist.get_world_size()),
             dist_init_required=False,
         )
+        self._norm = 0.0  # without ZeRO, where DeepSpeed computes none
+        if settings.precision == "fp16":  # DeepSpeed ends the run there; the loop does, and names the clips
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False
         self._state_keys = (*MOMENTS, AVERAGE) if settings.ema_decay else MOMENTS
         self._published_key = AVERAGE if settings.ema_decay else MASTER
         if settings.ema_decay:
@@ -94,7 +98,12 @@ class Engine:
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates the gradient of this rank's part of the global mean loss."""
+        """Accumulates the gradient of this rank's part of the global mean loss.
+
+        Of a loss that is no finite number it is none either, so that `step` finds it, on every rank: the derivative of
+        such a loss may well be finite.
+        """
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         # DeepSpeed averages over ranks and divides by the accumulation steps; `loss` is a share of a sum.
         self._engine.backward(loss * self._engine.world_size * self._accumulation_steps)
 
@@ -128,11 +137,19 @@ class Engine:
     def _gradients_are_finite(self) -> bool:
         """Of a run without ZeRO, where all ranks hold the same gradients; ZeRO looks by itself."""
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        return math.isfinite(self._norm)
 
     def grad_norm(self) -> float:
         """Global gradient norm before clipping of the last step; 0 before the first."""
+        if not self._settings.zero_stage:
+            return self._norm
         return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def loss_scale_can_fall(self) -> bool:
+        """Whether a lower loss scale may mend a gradient that is not finite: in fp16, down to the least scale."""
+        return self._settings.precision == "fp16" and can_fall(self._optimizer.loss_scaler)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -329,6 +346,11 @@ class Engine:
         scaler = self._optimizer.loss_scaler
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+
+def can_fall(scaler: Any) -> bool:
+    """Whether DeepSpeed's loss scaler would answer an overflow with a lower scale, now or when its patience ends."""
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
 
 def _to_cpu(value: torch.Tensor) -> torch.Tensor:

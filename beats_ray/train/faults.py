@@ -105,6 +105,15 @@ class SkippedSteps:
             )
 
 
+def is_bad_step(losses_are_finite: bool, loss_scale_can_fall: bool) -> bool:
+    """Whether a step that was left out is the fault of its clips or settings, and counts.
+
+    In fp16 finite losses often have a gradient that is too large at the loss scale of the moment; the next step has a
+    lower one. A loss is not scaled before it is computed, so one that is no finite number counts always.
+    """
+    return not (losses_are_finite and loss_scale_can_fall)
+
+
 def count_recoveries(output: Place, context: WorkerContext, retry_seconds: float) -> int:
     """How often the run began again before this time, whatever for; every rank must call it, once."""
     attempts = 0

@@ -18,7 +18,8 @@ from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.checks import run_identity
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import WorkerContext, single_process_context
-from beats_ray.train.faults import LOOK_SECONDS, STOP_REQUEST, Notices, count_recoveries, explained
+from beats_ray.train.engine import can_fall
+from beats_ray.train.faults import LOOK_SECONDS, STOP_REQUEST, Notices, count_recoveries, explained, is_bad_step
 
 pytestmark = pytest.mark.unit
 
@@ -169,6 +170,31 @@ def test_a_notice_leads_to_a_checkpoint_long_before_the_next_report(
 def test_every_new_attempt_is_a_recovery(tmp_path: Path) -> None:
     output = open_place(str(tmp_path))
     assert [count_recoveries(output, CONTEXT, 1.0) for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("losses_are_finite", "loss_scale_can_fall", "is_bad"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_a_step_left_out_counts_unless_a_lower_loss_scale_may_mend_it(
+    losses_are_finite: bool, loss_scale_can_fall: bool, is_bad: bool
+) -> None:
+    assert is_bad_step(losses_are_finite, loss_scale_can_fall) is is_bad
+
+
+def test_deepspeeds_loss_scale_falls_to_its_least_and_then_overflows_count() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=4.0, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    )  # fmt: skip
+    seen = []
+    for _ in range(4):
+        seen.append((scaler.cur_scale, can_fall(scaler)))
+        scaler.update_scale(overflow=True)
+    assert seen == [(4.0, True), (2.0, True), (1.0, False), (1.0, False)]
+    assert not can_fall(LossScaler(scale=128.0))  # a fixed one
 
 
 def test_full_memory_says_what_to_change() -> None:

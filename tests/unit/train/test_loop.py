@@ -70,9 +70,11 @@ class RegressionModule(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)
 
-    def forward(self, wave_BS: torch.Tensor, is_real_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
+    def forward(
+        self, wave_BS: torch.Tensor, is_real_BS: torch.Tensor, constant: float = 0.0
+    ) -> tuple[torch.Tensor, dict[str, object]]:
         error_BS = (self.linear(wave_BS.unsqueeze(-1)).squeeze(-1) - wave_BS.abs()).square()
-        return (error_BS * is_real_BS).sum(), {}
+        return (error_BS * is_real_BS).sum() + constant, {}
 
 
 def test_accumulated_micro_batches_train_exactly_as_one_batch_of_unequal_clips(
@@ -90,6 +92,46 @@ def test_accumulated_micro_batches_train_exactly_as_one_batch_of_unequal_clips(
         run_training(Regression(), source, settings, context, open_place(str(tmp_path / str(size))))
     assert losses[2] == pytest.approx(losses[8], rel=1e-5)
     assert losses[8][-1] < losses[8][0]
+
+
+class ConstantNoNumber(Regression):
+    """In one step the loss is no number, and its derivative is finite all the same."""
+
+    def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        prepared = super().prepare(batch, generator, training)
+        constant = torch.tensor(math.nan if batch.first_position == 8 else 0.0)
+        return Prepared((*prepared.inputs, constant), prepared.num_targets)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loss_that_is_no_number_is_left_out_though_its_gradient_is_finite(
+    tmp_path: Path, synthetic_batches, zero_stage: int
+) -> None:
+    settings = TrainSettings(
+        steps=4, warmup_steps=0, learning_rate=0.1, global_batch_size=4, micro_batch_size=2, log_every_steps=1,
+        zero_stage=zero_stage,
+    )  # fmt: skip
+    seen: list[tuple[float, float]] = []
+    context = single_process_context(
+        lambda _step, metrics: seen.append((metrics.get("train/loss", math.nan), metrics["train/skipped_steps"]))
+    )
+    run_training(ConstantNoNumber(), synthetic_batches(2, 4), settings, context, open_place(str(tmp_path)))
+    assert [math.isnan(loss) for loss, _ in seen] == [False, False, True, False]
+    assert [skipped for _, skipped in seen] == [0, 0, 1, 1]
+
+
+def test_the_gradient_norm_is_that_of_every_zero_stage(tmp_path: Path, pretraining) -> None:
+    norms: dict[int, list[float]] = {}
+    for stage in range(4):
+        seen = norms.setdefault(stage, [])
+        pretraining.run(
+            tmp_path / str(stage),
+            lambda _step, metrics, seen=seen: seen.append(metrics["train/grad_norm"]),
+            zero_stage=stage, steps=3, micro_batch_size=2,
+        )  # fmt: skip
+        assert seen == pytest.approx(norms[0], rel=1e-4), stage
+    assert len(norms[0]) == 3
+    assert min(norms[0]) > 0
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + bytes([data[-1] ^ 1])])

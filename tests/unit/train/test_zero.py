@@ -96,7 +96,9 @@ def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Pat
 
 @pytest.mark.slow
 def test_held_out_clips_that_workers_share_unevenly_have_the_means_of_one_process(tmp_path: Path) -> None:
-    short = BATCH | {"steps": 2, "warmup_steps": 0}
+    # Weights this small would stay whole on every worker, and nobody would wait for anybody.
+    gathered = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    short = BATCH | gathered | {"steps": 2, "warmup_steps": 0}
     runs = [  # of the two workers: two batches and one, one and none
         {"name": f"stage-{stage}-{batches}", "zero_stage": stage, "held_out_batches": batches, **short}
         for stage, batches in ((2, 3), (3, 3), (3, 1))
