@@ -148,10 +148,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(settings: TrainSettings) -> str:
-    half = max(1, settings.micro_batch_size // 2)
-    return (
-        f"out of memory with train.micro_batch_size={settings.micro_batch_size}, zero_stage={settings.zero_stage}: use "
-        f"train.micro_batch_size={half} (the global batch stays), train.activation_checkpointing=true, a higher "
-        "train.zero_stage with several workers, or train.offload_optimizer=true (with zero_stage=3 "
-        "train.offload_parameters=true too)"
-    )
+    ways = [
+        "train.activation_checkpointing=true",
+        "a higher train.zero_stage with several workers",
+        "train.offload_optimizer=true (with zero_stage=3 train.offload_parameters=true too)",
+    ]
+    size = settings.micro_batch_size
+    if size > 1:
+        share = settings.global_batch_size * size // settings.clips_at_once  # a multiple of any size that is allowed
+        smaller = max(fewer for fewer in range(1, size // 2 + 1) if share % fewer == 0)
+        ways.insert(0, f"train.micro_batch_size={smaller} (the global batch stays)")
+    ways[-1] = f"or {ways[-1]}"
+    return f"out of memory with train.micro_batch_size={size}, zero_stage={settings.zero_stage}: use {', '.join(ways)}"

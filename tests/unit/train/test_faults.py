@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -202,6 +203,26 @@ def test_full_memory_says_what_to_change() -> None:
     message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload_optimizer=true"
     with pytest.raises(UserError, match=message), explained(settings, CONTEXT):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("train", "advised"),
+    [
+        ({"micro_batch_size": 35, "global_batch_size": 560, "num_workers": 16}, 7),
+        ({"micro_batch_size": 3, "global_batch_size": 12, "num_workers": 2}, 1),
+        ({"micro_batch_size": 8, "global_batch_size": 48, "num_workers": (1, 3)}, 4),
+        ({"micro_batch_size": 9, "global_batch_size": 54, "num_workers": (1, 3)}, 3),
+        ({"micro_batch_size": 1, "global_batch_size": 4}, None),
+    ],
+)
+def test_the_micro_batch_size_that_is_advised_is_allowed(train: dict[str, object], advised: int | None) -> None:
+    settings = validate(TrainSettings, train)
+    with pytest.raises(UserError) as caught, explained(settings, CONTEXT):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    found = re.search(r"use train\.micro_batch_size=(\d+)", str(caught.value))
+    assert (int(found[1]) if found else None) == advised
+    if advised:
+        validate(TrainSettings, train | {"micro_batch_size": advised})
 
 
 def test_full_host_memory_of_a_real_process_says_what_to_change(tmp_path: Path) -> None:
