@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
+from beats_ray.train.extras import check_keys
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
 MASTER = "fp32"  # of a trained parameter
@@ -23,7 +25,10 @@ AVERAGE = "ema"  # of the masters over the steps; it lies in AdamW's state, wher
 
 
 def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of so many workers. ConfigError where `deepspeed.*` sets what is derived."""
+    """The DeepSpeed configuration of so many workers.
+
+    ConfigError where `deepspeed.*` sets what is derived, or what DeepSpeed does not know or take.
+    """
     to_host = {"device": "cpu", "pin_memory": settings.use_gpu}
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
@@ -38,12 +43,36 @@ def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW when offloaded too: theirs compiles for minutes
-        "bf16": {"enabled": settings.precision == "bf16"},
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": settings.precision == "fp16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-    return _merge(derived, settings.deepspeed, "train.deepspeed")
+    check_keys(settings.deepspeed, derived)
+    merged = _merge(derived, settings.deepspeed, "train.deepspeed")
+    if settings.deepspeed:
+        _check_sections(merged)
+    return merged
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """ConfigError for what DeepSpeed's own models of these sections refuse, which in the run would be a traceback."""
+    logging.disable(logging.WARNING)  # what its import has to say of this machine is not about the config
+    try:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    finally:
+        logging.disable(logging.NOTSET)
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, model in models.items():
+        try:
+            model(**config[name])  # which takes "auto" for "not set"
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(("train.deepspeed", name, *map(str, first["loc"])))
+            raise ConfigError(
+                f"{field}={first['input']!r}: {first['msg']}; give a value that DeepSpeed takes"
+            ) from None
 
 
 class Engine:

@@ -266,6 +266,10 @@ def test_how_a_run_is_executed_is_no_part_of_what_it_is(kind: type) -> None:
 
     assert identity(**execution, learning_rate=1e-4) == identity(learning_rate=1e-4)
     assert identity(learning_rate=1e-4) != identity(learning_rate=2e-4)
+    moving = {"reduce_bucket_size": 7, "overlap_comm": True, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}
+    assert identity(deepspeed={"zero_optimization": moving, "dump_state": True}) == identity()
+    assert identity(deepspeed={"zero_optimization": {"zero_quantized_gradients": True}}) != identity()
+    assert identity(deepspeed={"data_types": {"grad_accum_dtype": "bf16"}}) != identity()
     reading = {"read_tasks": 9, "decode_cpus": 0.5, "buffer_mib": 99, "prefetch_blocks": 9, "retry_seconds": 9}
     assert identity({**reading, "placement": "anywhere"}) == identity()
     assert identity({"length_bucket_seconds": 1.0}) != identity()
