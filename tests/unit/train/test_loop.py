@@ -35,11 +35,12 @@ def interrupt_at(stop: int):
     return report
 
 
-def test_ten_steps_equal_five_a_restore_and_five_bit_for_bit(tmp_path: Path, pretraining) -> None:
-    whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=5)
+@pytest.mark.parametrize("kind", TASKS)
+def test_ten_steps_equal_five_a_restore_and_five_bit_for_bit(tmp_path: Path, pretraining, kind: str) -> None:
+    whole = pretraining.run(tmp_path / "whole", kind=kind, checkpoint_every_steps=5)
     with pytest.raises(Interrupted):
-        pretraining.run(tmp_path / "broken", interrupt_at(7), checkpoint_every_steps=5)
-    rest = pretraining.run(tmp_path / "broken", checkpoint_every_steps=5)
+        pretraining.run(tmp_path / "broken", interrupt_at(7), kind=kind, checkpoint_every_steps=5)
+    rest = pretraining.run(tmp_path / "broken", kind=kind, checkpoint_every_steps=5)
     assert rest == whole[5:]
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
