@@ -270,14 +270,15 @@ class TrainSettings(Section):
     """Recompute each layer's activations in the backward pass."""
     offload_optimizer: bool = False
     """Master weights, gradients and AdamW's moments in host memory, its step on the CPU; needs zero_stage 1, 2 or 3.
-    NVMe goes through `deepspeed`."""
+    NVMe goes through `deepspeed` and is tested nowhere."""
     offload_parameters: bool = False
     """Weights that are not in use in host memory; needs zero_stage 3."""
     compile: bool = False
     """torch.compile of the module: minutes before the first step, for faster ones. It is compiled once, for the shapes
     of a micro-batch; evaluation is not compiled."""
     deepspeed: dict[str, Any] = {}
-    """Extra DeepSpeed settings, merged deep; keys that this section derives are refused."""
+    """Extra DeepSpeed settings, merged deep; keys that this section derives and keys that DeepSpeed does not know are
+    refused. What only moves values (buckets, offloading) may change when a run goes on."""
     seed: int = 0
     """Seed of initialisation, masks, augmentation and data order."""
     log_every_steps: PositiveInt = 10
@@ -285,7 +286,8 @@ class TrainSettings(Section):
     checkpoint_every_steps: PositiveInt = 1000
     """Steps between two resume checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Newest resume checkpoints that stay on storage; the one with the best validation result stays too."""
+    """Newest resume checkpoints that stay on storage; the one with the best validation result stays too. In fine-tuning
+    alone a checkpoint has one, and only where `checkpoint_every_steps` falls on a validation step."""
     storage_retry_seconds: PositiveFloat = 300.0
     """How long a checkpoint or a record is tried again while the object store fails."""
     max_failures: NonNegativeInt = 3
@@ -305,7 +307,7 @@ class TrainSettings(Section):
         if self.global_batch_seconds is None and self.global_batch_size % clips:
             nearest = max(1, round(self.global_batch_size / clips)) * clips
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not divisible by {self._clips_at_once_shown()}; "
+                f"global_batch_size={self.global_batch_size} is not divisible by {self.clips_at_once_shown()}; "
                 f"use {nearest}"
             )
         if self.warmup_steps > self.steps:
@@ -353,7 +355,8 @@ class TrainSettings(Section):
         """What the global batch size is a multiple of: a micro-batch on each worker, however many there are."""
         return self.micro_batch_size * math.lcm(*range(self.min_workers, self.max_workers + 1))
 
-    def _clips_at_once_shown(self) -> str:
+    def clips_at_once_shown(self) -> str:
+        """The same with its factors, for errors."""
         workers = self.min_workers if self.min_workers == self.max_workers else f"each of {list(self.worker_range)}"
         return f"micro_batch_size ({self.micro_batch_size}) x num_workers ({workers}) = {self.clips_at_once}"
 
@@ -365,7 +368,7 @@ class TrainSettings(Section):
         clips = round(self.global_batch_seconds / clip_seconds / self.clips_at_once) * self.clips_at_once
         if not clips:
             raise ValueError(
-                f"{field} is less than half of {self._clips_at_once_shown()} clips of {clip_seconds:g} s, the least "
+                f"{field} is less than half of {self.clips_at_once_shown()} clips of {clip_seconds:g} s, the least "
                 f"that a step can hold; use {self.clips_at_once * clip_seconds:g}, or lower micro_batch_size"
             )
         if "global_batch_size" in self.model_fields_set and self.global_batch_size != clips:

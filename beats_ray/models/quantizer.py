@@ -36,12 +36,15 @@ class QuantizerConfig(ModelConfig):
 
 
 class Quantized(NamedTuple):
-    """Codes of a batch. Only real vectors enter the loss and the statistics."""
+    """Codes of a batch. Padding enters neither the loss nor the statistics.
+
+    A vector that is no finite number enters the loss, which then is none either, but neither statistics nor codebook.
+    """
 
     vectors_ND: Tensor
     """The chosen codes; the gradient passes straight to the normalised input."""
     labels_N: Tensor
-    """Index of the chosen code, int64; -1 at padding."""
+    """Index of the chosen code, int64; -1 at padding and where the vector is no finite number."""
     commitment_sum: Tensor
     """Sum over real vectors of the squared distance between normalised input and code, divided by D (fp32)."""
     counts_V: Tensor
@@ -69,18 +72,20 @@ class CosineQuantizer(Float32Buffers):
         with torch.autocast(vectors_ND.device.type, enabled=False):
             unit_ND = F.normalize(vectors_ND.float(), dim=-1)
             is_real_N = torch.ones_like(unit_ND[:, 0], dtype=torch.bool) if is_pad_N is None else ~is_pad_N
+            # The codebook moves here, before anybody can look at the loss: one such vector would spoil it for good.
+            is_sound_N = is_real_N & unit_ND.isfinite().all(dim=-1)
             fitting = self.training and not self._is_fitted()
             if fitting:
-                self._fit(unit_ND.detach()[is_real_N])
+                self._fit(unit_ND.detach()[is_sound_N])
             labels_N = self._nearest(unit_ND.detach())
-            counts_V = torch.zeros_like(self.usage_V).index_add_(0, labels_N, is_real_N.float())
+            counts_V = torch.zeros_like(self.usage_V).index_add_(0, labels_N, is_sound_N.float())
             code_ND = self.codebook_VD[labels_N]
             if self.training and not fitting:
-                self._update(unit_ND.detach(), is_real_N, labels_N, counts_V)
+                self._update(unit_ND.detach(), is_sound_N, labels_N, counts_V)
             distance_N = (unit_ND - code_ND).square().mean(dim=-1)
             commitment = torch.where(is_real_N, distance_N, 0.0).sum()
             straight_ND = unit_ND + (code_ND - unit_ND).detach()
-        return Quantized(straight_ND, labels_N.masked_fill(~is_real_N, -1), commitment, counts_V)
+        return Quantized(straight_ND, labels_N.masked_fill(~is_sound_N, -1), commitment, counts_V)
 
     @torch.no_grad()
     def labels(self, vectors_ND: Tensor) -> Tensor:
@@ -92,17 +97,17 @@ class CosineQuantizer(Float32Buffers):
         return (unit_ND @ self.codebook_VD.t()).argmax(dim=-1)
 
     @torch.no_grad()
-    def _update(self, unit_ND: Tensor, is_real_N: Tensor, labels_N: Tensor, counts_V: Tensor) -> None:
+    def _update(self, unit_ND: Tensor, is_sound_N: Tensor, labels_N: Tensor, counts_V: Tensor) -> None:
         decay = self.config.ema_decay
-        real_ND = unit_ND * is_real_N.unsqueeze(1)
-        sums_VD = _sum_over_workers(torch.zeros_like(self.codebook_VD).index_add_(0, labels_N, real_ND))
+        sound_ND = torch.where(is_sound_N.unsqueeze(1), unit_ND, 0.0)
+        sums_VD = _sum_over_workers(torch.zeros_like(self.codebook_VD).index_add_(0, labels_N, sound_ND))
         all_counts_V = _sum_over_workers(counts_V)
         self.usage_V.mul_(decay).add_(all_counts_V, alpha=1.0 - decay)
         moved_VD = F.normalize(self.codebook_VD * decay + F.normalize(sums_VD, dim=-1) * (1.0 - decay), dim=-1)
         self.codebook_VD.copy_(torch.where((all_counts_V > 0).unsqueeze(1), moved_VD, self.codebook_VD))
         self.batches_seen += 1
         if self.config.restart_below > 0:
-            self._restart_dead(unit_ND[is_real_N])
+            self._restart_dead(unit_ND[is_sound_N])
 
     @torch.no_grad()
     def _fit(self, unit_ND: Tensor) -> None:

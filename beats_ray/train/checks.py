@@ -25,9 +25,11 @@ from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.stage import check_output, is_complete
+from beats_ray.train.extras import identity_of_extras
 from beats_ray.train.flops import RunKind
 
 RunConfig = PretrainConfig | DistillConfig | FinetuneConfig
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 ResultT = TypeVar("ResultT")
 
 _STARTS_FROM: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -49,7 +51,8 @@ EXECUTION_FIELDS = {
 }  # fmt: skip
 """Settings of `train` that a run may go on with other values of: its steps do the same to the same global batches.
 
-`global_batch_seconds` is among them because the `global_batch_size` that it comes to is not."""
+`global_batch_seconds` is among them because the `global_batch_size` that it comes to is not. Of `deepspeed` see
+`identity_of_extras`."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[User
     """What is wrong in the settings themselves, and beside the inputs that could be read."""
     from beats_ray.data.clips import clip_samples_of
     from beats_ray.train.engine import deepspeed_config
+    from beats_ray.train.loggers import check_loggers
 
     mistakes: list[UserError] = []
     _attempt(lambda: deepspeed_config(config.train, config.train.max_workers), mistakes)
+    _attempt(lambda: check_loggers(config.train.loggers), mistakes)
     _attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     _attempt(lambda: check_output(open_place(config.output), run_identity(config)), mistakes)
     manifest = inputs.manifest
@@ -93,6 +98,29 @@ def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[User
     return mistakes
 
 
+def keep_batch(config: ConfigT) -> ConfigT:
+    """The config with the clips in a step of the run that its output holds, where it asks for them in seconds.
+
+    How many clips a number of seconds comes to depends on workers and micro-batch, which may change; the run may not.
+    ConfigError where the workers cannot share its clips.
+    """
+    train, stage = config.train, open_place(config.output) / "stage.json"
+    if train.global_batch_seconds is None or not stage.exists():
+        return config
+    clips = stage.read_json().get("config", {}).get("train", {}).get("global_batch_size", train.global_batch_size)
+    asked = train.global_batch_seconds / config.data.clip_seconds
+    if clips == train.global_batch_size or abs(clips - asked) >= clips / 2:  # no rounding makes these clips of it
+        return config
+    if clips % train.clips_at_once:
+        raise ConfigError(
+            f"train.global_batch_seconds={train.global_batch_seconds:g}: the run in {config.output} has {clips} clips "
+            f"in a step, which is not divisible by {train.clips_at_once_shown()}; use another micro_batch_size, "
+            "another num_workers or another output"
+        )
+    train = train.model_copy(update={"global_batch_size": clips})
+    return config.model_copy(update={"train": train})  # type: ignore[return-value]  # of the same class
+
+
 def run_identity(config: Job) -> dict[str, Any]:
     """What makes a run the same run: its config without where it runs, on how much of a cluster and who is told."""
     values = config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
@@ -104,6 +132,8 @@ def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
     for section, fields in (("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS)):
         if isinstance(kept.get(section), dict):
             kept[section] = {name: value for name, value in kept[section].items() if name not in fields}
+            if "deepspeed" in kept[section]:
+                kept[section]["deepspeed"] = identity_of_extras(kept[section]["deepspeed"])
     return kept
 
 

@@ -4,16 +4,19 @@ The engine owns the module, the optimizer and the precision; the loop owns order
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
+from beats_ray.train.extras import check_keys
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
 MASTER = "fp32"  # of a trained parameter
@@ -22,7 +25,10 @@ AVERAGE = "ema"  # of the masters over the steps; it lies in AdamW's state, wher
 
 
 def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of so many workers. ConfigError where `deepspeed.*` sets what is derived."""
+    """The DeepSpeed configuration of so many workers.
+
+    ConfigError where `deepspeed.*` sets what is derived, or what DeepSpeed does not know or take.
+    """
     to_host = {"device": "cpu", "pin_memory": settings.use_gpu}
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
@@ -37,12 +43,36 @@ def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW when offloaded too: theirs compiles for minutes
-        "bf16": {"enabled": settings.precision == "bf16"},
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": settings.precision == "fp16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-    return _merge(derived, settings.deepspeed, "train.deepspeed")
+    check_keys(settings.deepspeed, derived)
+    merged = _merge(derived, settings.deepspeed, "train.deepspeed")
+    if settings.deepspeed:
+        _check_sections(merged)
+    return merged
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """ConfigError for what DeepSpeed's own models of these sections refuse, which in the run would be a traceback."""
+    logging.disable(logging.WARNING)  # what its import has to say of this machine is not about the config
+    try:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    finally:
+        logging.disable(logging.NOTSET)
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, model in models.items():
+        try:
+            model(**config[name])  # which takes "auto" for "not set"
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(("train.deepspeed", name, *map(str, first["loc"])))
+            raise ConfigError(
+                f"{field}={first['input']!r}: {first['msg']}; give a value that DeepSpeed takes"
+            ) from None
 
 
 class Engine:
@@ -66,6 +96,9 @@ class Engine:
             config=deepspeed_config(settings, dist.get_world_size()),
             dist_init_required=False,
         )
+        self._norm = 0.0  # without ZeRO, where DeepSpeed computes none
+        if settings.precision == "fp16":  # DeepSpeed ends the run there; the loop does, and names the clips
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False
         self._state_keys = (*MOMENTS, AVERAGE) if settings.ema_decay else MOMENTS
         self._published_key = AVERAGE if settings.ema_decay else MASTER
         if settings.ema_decay:
@@ -84,12 +117,22 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether all workers must run a forward pass together: ZeRO 3 gathers the weights in it."""
+        return self._settings.zero_stage == 3
+
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward pass."""
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates the gradient of this rank's part of the global mean loss."""
+        """Accumulates the gradient of this rank's part of the global mean loss.
+
+        Of a loss that is no finite number it is none either, so that `step` finds it, on every rank: the derivative of
+        such a loss may well be finite.
+        """
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         # DeepSpeed averages over ranks and divides by the accumulation steps; `loss` is a share of a sum.
         self._engine.backward(loss * self._engine.world_size * self._accumulation_steps)
 
@@ -123,11 +166,19 @@ class Engine:
     def _gradients_are_finite(self) -> bool:
         """Of a run without ZeRO, where all ranks hold the same gradients; ZeRO looks by itself."""
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        return math.isfinite(self._norm)
 
     def grad_norm(self) -> float:
         """Global gradient norm before clipping of the last step; 0 before the first."""
+        if not self._settings.zero_stage:
+            return self._norm
         return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def loss_scale_can_fall(self) -> bool:
+        """Whether a lower loss scale may mend a gradient that is not finite: in fp16, down to the least scale."""
+        return self._settings.precision == "fp16" and can_fall(self._optimizer.loss_scaler)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -324,6 +375,11 @@ class Engine:
         scaler = self._optimizer.loss_scaler
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+
+def can_fall(scaler: Any) -> bool:
+    """Whether DeepSpeed's loss scaler would answer an overflow with a lower scale, now or when its patience ends."""
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
 
 def _to_cpu(value: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,15 @@ class SkippedSteps:
             )
 
 
+def is_bad_step(losses_are_finite: bool, loss_scale_can_fall: bool) -> bool:
+    """Whether a step that was left out is the fault of its clips or settings, and counts.
+
+    In fp16 finite losses often have a gradient that is too large at the loss scale of the moment; the next step has a
+    lower one. A loss is not scaled before it is computed, so one that is no finite number counts always.
+    """
+    return not (losses_are_finite and loss_scale_can_fall)
+
+
 def count_recoveries(output: Place, context: WorkerContext, retry_seconds: float) -> int:
     """How often the run began again before this time, whatever for; every rank must call it, once."""
     attempts = 0
@@ -139,10 +148,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(settings: TrainSettings) -> str:
-    half = max(1, settings.micro_batch_size // 2)
-    return (
-        f"out of memory with train.micro_batch_size={settings.micro_batch_size}, zero_stage={settings.zero_stage}: use "
-        f"train.micro_batch_size={half} (the global batch stays), train.activation_checkpointing=true, a higher "
-        "train.zero_stage with several workers, or train.offload_optimizer=true (with zero_stage=3 "
-        "train.offload_parameters=true too)"
-    )
+    ways = [
+        "train.activation_checkpointing=true",
+        "a higher train.zero_stage with several workers",
+        "train.offload_optimizer=true (with zero_stage=3 train.offload_parameters=true too)",
+    ]
+    size = settings.micro_batch_size
+    if size > 1:
+        share = settings.global_batch_size * size // settings.clips_at_once  # a multiple of any size that is allowed
+        smaller = max(fewer for fewer in range(1, size // 2 + 1) if share % fewer == 0)
+        ways.insert(0, f"train.micro_batch_size={smaller} (the global batch stays)")
+    ways[-1] = f"or {ways[-1]}"
+    return f"out of memory with train.micro_batch_size={size}, zero_stage={settings.zero_stage}: use {', '.join(ways)}"

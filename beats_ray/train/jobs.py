@@ -27,6 +27,7 @@ from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import (
     RunConfig,
     find_mistakes,
+    keep_batch,
     read_inputs,
     run_identity,
 )
@@ -85,6 +86,7 @@ def run_finetune(config: FinetuneConfig, console: Console) -> Written:
 
 def _checked(kind: RunKind, config: RunConfig) -> Run:
     """The run that the config means; its first mistake is raised."""
+    config = keep_batch(config)
     inputs = read_inputs(kind, config)
     for mistake in inputs.mistakes + find_mistakes(kind, config, inputs):
         raise mistake

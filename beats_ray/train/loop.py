@@ -24,7 +24,7 @@ from beats_ray.data.storage import Place, with_retries
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
-from beats_ray.train.faults import Notices, SkippedSteps, count_recoveries
+from beats_ray.train.faults import Notices, SkippedSteps, count_recoveries, is_bad_step
 from beats_ray.train.loggers import Logger
 from beats_ray.train.meter import Meter
 from beats_ray.train.metrics import MetricMeans, MetricsLog, MetricSums
@@ -114,12 +114,12 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
             _fetch(task, batches, settings, context, meter)
             for _ in range(settings.accumulation_steps(context.world_size))
         ]
-        results = _train_step(engine, prepared, step, context)
+        results, is_bad = _train_step(engine, prepared, step, context)
         if results is not None:
             skipped.count = 0
             for sums in results:
                 meter.add(sums)
-        elif settings.precision != "fp16":  # whose loss scale is lowered by such steps
+        elif is_bad:
             skipped.record(step, [part.clip_ids for part in prepared])
 
         done = step + 1
@@ -159,16 +159,27 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     return metrics
 
 
-def _train_step(engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext) -> list[MetricSums] | None:
-    """One optimizer step; the sums of its micro-batches, or None where it was skipped for what is no finite number."""
+def _train_step(
+    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext
+) -> tuple[list[MetricSums] | None, bool]:
+    """One optimizer step: its micro-batches' sums, or None where it was left out; and whether it was a bad one."""
+    scale_can_fall = engine.loss_scale_can_fall
     num_targets = context.all_reduce(torch.stack([part.num_targets for part in prepared]).sum().double())
     results: list[MetricSums] = []
+    moved = False
     for index, part in enumerate(prepared):
         loss_sum, sums = engine(*part.inputs)
         engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
         moved = engine.step(step, last_micro_batch=index == len(prepared) - 1)
         results.append({"train/loss": (loss_sum, part.num_targets), **sums})
-    return results if moved else None
+    if moved:
+        return results, False
+    return None, is_bad_step(_losses_are_finite(results, context), scale_can_fall)
+
+
+def _losses_are_finite(results: list[MetricSums], context: WorkerContext) -> bool:
+    """Of all micro-batches of a step, on all workers; the host waits for the device here."""
+    return all(context.gather(all(bool(sums["train/loss"][0].isfinite()) for sums in results)))
 
 
 def evaluate(
@@ -183,13 +194,35 @@ def evaluate(
         return {}
     means = MetricMeans()
     generator = torch.Generator(context.device)
+    shared = _in_step(clips, context) if engine.forward_is_collective else ((batch, True) for batch in clips)
     with engine.evaluating():
-        for batch in clips:
+        for batch, counts in shared:
             generator.manual_seed(0)
             prepared = task.prepare(batch, generator, training=False)
             loss_sum, sums = task.module(*prepared.inputs)
-            means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
+            if counts:
+                means.add({"train/loss": (loss_sum, prepared.num_targets), **sums})
     return {name.replace("train/", f"{part}/", 1): value for name, value in means.reduce(context).items()}
+
+
+def _in_step(batches: Iterable[MicroBatch], context: WorkerContext) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's batches, and more until every rank has had as many as the one with most; False marks those.
+
+    Workers share clips out unevenly, and one that has no batch left must still take part in the others' forward passes.
+    """
+    remaining = iter(batches)
+    spare: MicroBatch | None = None
+    batch = next(remaining, None)
+    while any(has_batch := context.gather(batch is not None)):
+        if spare is None and not all(has_batch):  # a clip of another worker's: some may have none of their own
+            giver = has_batch.index(True)
+            own = batch.first(1).to("cpu") if batch is not None and context.rank == giver else None
+            spare = context.gather(own)[giver].to(context.device)
+        if batch is not None:
+            yield batch, True
+        elif spare is not None:
+            yield spare, False
+        batch = next(remaining, None)
 
 
 def publish(task: Task, engine: Engine, context: WorkerContext, output: Place) -> None:

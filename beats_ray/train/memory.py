@@ -203,8 +203,11 @@ def _inputs(
     encoder: EncoderConfig,
     teacher_width: int = 0,
 ) -> Activations:
-    """Filterbanks and the teacher's features, fp32, of all micro-batches of a step: they are made before the first."""
-    patches = patches_of(config.data.clip_seconds, encoder) * config.train.accumulation_steps(config.train.max_workers)
+    """Filterbanks and the teacher's features, fp32, of all micro-batches of a step: they are made before the first.
+
+    The fewest workers have the most of them.
+    """
+    patches = patches_of(config.data.clip_seconds, encoder) * config.train.accumulation_steps(config.train.min_workers)
     return batch.kept(0, patches * (encoder.patch_size**2 + teacher_width))
 
 
@@ -236,17 +239,17 @@ class TrainingState:
 
 
 def training_state(zero_stage: int, settings: TrainSettings, trained: int, frozen_bytes: int) -> TrainingState:
-    """What DeepSpeed 0.19 holds on one of `settings.max_workers` workers for `trained` parameters.
+    """What DeepSpeed 0.19 holds on one worker for `trained` parameters, when there are the fewest: the worst case.
 
     Stage 0 in fp32 trains the weights themselves. From stage 1 on the masters are a copy even in fp32, and they, the
     moments and the average are divided by the workers; from stage 2 on the gradients too; in stage 3 the weights, which
     are then gathered for their use and, below `stage3_max_live_parameters`, stay gathered. In bf16 and stage 1
     gradients are accumulated in fp32. An offloaded optimizer has its part of the gradients beside it, in fp32.
     """
-    size, workers = value_bytes(settings.precision), settings.max_workers
+    size, workers = value_bytes(settings.precision), settings.min_workers
     part = -(-trained // workers)
     extra = settings.deepspeed.get("zero_optimization") or {}
-    bucket = int(extra.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    bucket = _elements(extra, "reduce_bucket_size", BUCKET_ELEMENTS)
     if zero_stage == 0:
         masters = 0 if settings.precision == "fp32" else FP32_BYTES * trained
         return TrainingState(
@@ -260,7 +263,7 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
         )
     weights = size * trained
     if zero_stage == 3:
-        live = int(extra.get("stage3_max_live_parameters", MAX_GATHERED))
+        live = _elements(extra, "stage3_max_live_parameters", MAX_GATHERED)
         weights = size * part + size * min(trained, live)
     accumulated = size if settings.precision == "fp16" else FP32_BYTES
     gradients = accumulated * trained if zero_stage == 1 else FP32_BYTES * part
@@ -279,3 +282,9 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
     if settings.offload_parameters and zero_stage == 3:
         state = replace(state, weights=state.weights - size * part, host=state.host + size * part)
     return state
+
+
+def _elements(extra: Mapping[str, Any], key: str, default: int) -> int:
+    """A size that `train.deepspeed` may set; DeepSpeed takes "auto" for "not set"."""
+    value = extra.get(key, default)
+    return default if value == "auto" else int(value)

@@ -6,9 +6,10 @@ Neither a GPU nor a cluster is needed. Parameters are counted on the module itse
 `meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,13 +27,12 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.models.config import EncoderConfig
-from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, training_plan
+from beats_ray.train.checks import PLACES, ConfigT, RunConfig, find_mistakes, keep_batch, read_inputs, training_plan
 from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
 CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
 KINDS: dict[type, RunKind] = {PretrainConfig: "pretrain", DistillConfig: "distill", FinetuneConfig: "finetune"}
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class RunPlan:
     activation_bytes: int
     """Peak of a micro-batch, without activation checkpointing."""
     checkpointed_activation_bytes: int
+    keeps_best: bool
+    """Whether a checkpoint has a validation result, so that the one with the best is kept beside the newest."""
     states: tuple[TrainingState, ...]
     """Weights, gradients and optimizer on one worker, for each ZeRO stage that the settings allow."""
 
@@ -107,7 +109,7 @@ class RunPlan:
 
     @property
     def checkpoints_kept(self) -> int:
-        return min(self.checkpoints_written, self.train.keep_checkpoints)
+        return min(self.checkpoints_written, self.train.keep_checkpoints + self.keeps_best)
 
 
 def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, published: Mapping[str, Any]) -> RunPlan:
@@ -130,8 +132,15 @@ def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, publis
         flops_per_clip=step_flops_per_clip(kind, config, published, classes),
         activation_bytes=peaks[0],
         checkpointed_activation_bytes=peaks[1],
+        keeps_best=_keeps_best(config),
         states=tuple(training_state(stage, config.train, size.trained, size.frozen_bytes) for stage in stages),
     )
+
+
+def _keeps_best(config: RunConfig) -> bool:
+    if not isinstance(config, FinetuneConfig) or config.folds.validation_fold == -1:
+        return False
+    return math.lcm(config.train.checkpoint_every_steps, config.validate_every_steps) < config.train.steps
 
 
 def measure_model(config: RunConfig, manifest: DatasetManifest, published: Mapping[str, Any]) -> ModelSize:
@@ -204,7 +213,7 @@ def dry_run(job: type[ConfigT], path: str | None, overrides: list[str], console:
     values, lines = read_values(job, path, overrides)
     config = None
     try:
-        config = validate(job, values)
+        config = keep_batch(validate(job, values))
     except ConfigError as error:
         lines += error.mistakes
     if config is None or lines:  # beside wrong settings, what can be looked at is what the run starts from
@@ -265,7 +274,9 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
             sizes = [*(getattr(state, part) for part in parts), activations, state.total_bytes + activations]
             name = f"{state.zero_stage}{', checkpointing' if checkpointed else ''}{' (this run)' if chosen else ''}"
             rows.append([name, *map(_binary, sizes)])
-    title = f"Memory of one worker, {plan.train.precision}, micro-batch of {plan.train.micro_batch_size} (estimated)"
+    few, most = plan.train.worker_range
+    one = "one worker" if few == most else f"one of {few} workers, the fewest"
+    title = f"Memory of {one}, {plan.train.precision}, micro-batch of {plan.train.micro_batch_size} (estimated)"
     if any(state.host for state in plan.states):
         rows = [[*row, _binary(state.host)] for row, state in zip(rows, 2 * plan.states, strict=True)]
         columns.append("host memory")

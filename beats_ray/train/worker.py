@@ -103,7 +103,7 @@ class StreamedBatches:
 
 
 class CachedBatches:
-    """Batches of clips that lie decoded in the object store."""
+    """Batches of clips that lie decoded in the object store, moved to this worker's device."""
 
     def __init__(self, run: Run, context: WorkerContext) -> None:
         self._run = run
@@ -121,7 +121,7 @@ class CachedBatches:
             rank=self._context.rank,
             world_size=self._context.world_size,
         )
-        return batches
+        return (batch.to(self._context.device) for batch in batches)
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
         folds = self._run.config.folds
@@ -134,4 +134,4 @@ class CachedBatches:
             rank=self._context.rank,
             world_size=self._context.world_size,
         )
-        return batches
+        return (batch.to(self._context.device) for batch in batches)

@@ -19,31 +19,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from beats_ray.config import PretrainSettings, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.plan import micro_batch_start
 from beats_ray.data.storage import open_place
-from beats_ray.models import RandomProjectionTokenizer
 from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.faults import explained
-from beats_ray.train.loop import Prepared, run_training
-from beats_ray.train.pretrain import PretrainTask
+from beats_ray.train.loop import Prepared, Task, run_training
+from tests.support.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 CLIPS, SAMPLES = 24, 16_000
 
 
 class SyntheticBatches:
-    """Noise clips of different lengths, in the order of their positions, as a BatchSource."""
+    """Noise clips of different lengths, in the order of their positions, as a BatchSource.
 
-    def __init__(self, micro_batch_size: int, clips_per_step: int, rank: int = 0, world_size: int = 1) -> None:
+    held_out_batches: of all ranks together, dealt out one by one; the last has one clip fewer.
+    """
+
+    def __init__(
+        self, micro_batch_size: int, clips_per_step: int, rank: int = 0, world_size: int = 1, held_out_batches: int = 0
+    ) -> None:
         rng = np.random.default_rng(0)
         self._audio = (rng.normal(size=(CLIPS, SAMPLES)) * 3000).astype(np.int16)
         self._lengths = rng.integers(SAMPLES // 4, SAMPLES + 1, CLIPS)
         self._micro_batch_size = micro_batch_size
         self._clips_per_step = clips_per_step
         self._rank, self._world_size = rank, world_size
+        self._held_out_batches = held_out_batches
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
         first, size = first_step * self._clips_per_step, self._micro_batch_size
@@ -52,7 +56,11 @@ class SyntheticBatches:
             yield self._batch(np.arange(start, start + size))
 
     def held_out(self, part: str) -> Iterable[MicroBatch] | None:
-        return None
+        if not self._held_out_batches:
+            return None
+        size, end = self._micro_batch_size, self._held_out_batches * self._micro_batch_size - 1
+        starts = range(self._rank * size, end, self._world_size * size)
+        return (self._batch(np.arange(start, min(start + size, end))) for start in starts)
 
     def _batch(self, positions: np.ndarray) -> MicroBatch:
         index = positions % CLIPS
@@ -71,30 +79,29 @@ class SyntheticBatches:
 
 
 class Pretraining:
-    """A small pre-training run, to be called again and again with other settings."""
-
-    def settings(self, **train: object) -> PretrainSettings:
-        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
-        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
-        encoder = {"preset": "tiny", "overrides": {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}}
-        return validate(PretrainSettings, {"encoder": encoder, "predictor": {"num_layers": 1}, "train": fields | train})
+    """A small run, of pre-training unless another task is named, to be called again and again with other settings."""
 
     def run(
         self,
         output: Path,
         report: Callable[[int, dict[str, float]], None] | None = None,
+        *,
         poisoned_step: int | None = None,
         ranks: tuple[int, int] = (0, 1),
         seen: list[float] | None = None,
+        kind: str = "pretrain",
+        held_out_batches: int = 0,
         **train: object,
     ) -> list[float]:
         """Trains and returns the loss of every step that ran; NaN for a step that was left out.
 
         poisoned_step: the 0-based step whose first micro-batch gives a loss that is no number. ranks: this process's
         rank and the number of processes, whose group is there already. seen: where losses are collected, for a run
-        that is interrupted.
+        that is interrupted. kind: a name of `TASKS`. held_out_batches: see
+        `SyntheticBatches`.
         """
-        settings = self.settings(**train)
+        fields = {"steps": 10, "warmup_steps": 2, "global_batch_size": 4, "micro_batch_size": 4, "log_every_steps": 1}
+        fields |= {"epsilon": 1e-8, "zero_stage": 1, "learning_rate": 1e-3}
         losses = [] if seen is None else seen
 
         def record(step: int, metrics: dict[str, float]) -> None:
@@ -102,11 +109,13 @@ class Pretraining:
             if report is not None:
                 report(step, metrics)
 
-        torch.manual_seed(settings.train.seed)
-        task = PretrainTask(settings, 1024, RandomProjectionTokenizer())
+        torch.manual_seed(int(str(train.get("seed", 0))))
+        task, settings = TASKS[kind](fields | train)
         if poisoned_step is not None:
             _poison(task, poisoned_step * settings.train.global_batch_size)
-        source = SyntheticBatches(settings.train.micro_batch_size, settings.train.global_batch_size, *ranks)
+        source = SyntheticBatches(
+            settings.train.micro_batch_size, settings.train.global_batch_size, *ranks, held_out_batches
+        )
         context = WorkerContext(*ranks, torch.device("cpu"), record)
         try:
             with explained(settings.train, context):
@@ -118,7 +127,7 @@ class Pretraining:
         return losses
 
 
-def _poison(task: PretrainTask, position: int) -> None:
+def _poison(task: Task, position: int) -> None:
     """Makes the filterbank of the micro-batch that begins at a position no number."""
     prepare = task.prepare
 
@@ -134,13 +143,15 @@ def _poison(task: PretrainTask, position: int) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def run_group(folder: Path, world_size: int, runs: list[dict[str, Any]]) -> list[list[float]]:
+def run_group(
+    folder: Path, world_size: int, runs: list[dict[str, Any]], timeout_seconds: float = 1800.0
+) -> list[list[float]]:
     """The losses of runs, one after the other, of a new group of so many processes.
 
     runs: keyword arguments of `Pretraining.run` with `name`, below `folder`; `stop` ends a run after so many steps.
     """
     results = folder / f"losses-{uuid.uuid4().hex}.json"
-    with group(folder, world_size, runs, results) as processes:
+    with group(folder, world_size, runs, results, timeout_seconds) as processes:
         statuses = [process.wait(timeout=300) for process in processes]
     assert statuses == [0] * world_size, statuses
     losses: list[list[float]] = json.loads(results.read_text())

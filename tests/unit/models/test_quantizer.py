@@ -95,6 +95,19 @@ def test_padding_enters_neither_start_nor_update_nor_loss_nor_counts() -> None:
         torch.testing.assert_close(dirty.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_enters_the_loss_but_never_the_codebook(value: float) -> None:
+    clean, poisoned = quantizer(restart_below=0.3), quantizer(restart_below=0.3)
+    for batch in batches(5):  # the first two are k-means' start
+        bad = torch.ones(16, DIM).index_fill(1, torch.tensor([1]), value)
+        one, other = clean(batch), poisoned(torch.cat((batch, bad)))
+        assert other.commitment_sum.isnan()  # so that the step is skipped
+        assert torch.equal(other.counts_V, one.counts_V)
+        assert (other.labels_N[len(batch) :] == -1).all()
+    for name, expected in clean.state_dict().items():
+        torch.testing.assert_close(poisoned.state_dict()[name], expected)
+
+
 def test_the_gradient_passes_straight_through_and_commitment_pulls_to_the_code() -> None:
     module = quantizer(init_batches=1)
     module(torch.randn(64, DIM))
@@ -162,9 +175,11 @@ def work(rank: int, folder: str) -> None:
     module = quantizer(restart_below=0.3)
     labels: list[Tensor] = []
     for batch in batches(6):
-        # Unequal shares, one of them empty once: the first worker gets a third, then nothing.
+        # Unequal shares, one of them empty once: the first worker gets a third, then nothing; the second one gets
+        # vectors that are no numbers beside its own.
         cut = 0 if len(labels) == 3 else len(batch) // 3
-        labels.append(module(batch[:cut] if rank == 0 else batch[cut:]).labels_N)
+        mine = batch[:cut] if rank == 0 else torch.cat((batch[cut:], torch.full((2, DIM), torch.nan)))
+        labels.append(module(mine).labels_N[: len(mine) - 2 * rank])
     torch.save((labels, module.state_dict()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

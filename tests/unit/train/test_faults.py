@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,8 @@ from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.checks import run_identity
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import WorkerContext, single_process_context
-from beats_ray.train.faults import LOOK_SECONDS, STOP_REQUEST, Notices, count_recoveries, explained
+from beats_ray.train.engine import can_fall
+from beats_ray.train.faults import LOOK_SECONDS, STOP_REQUEST, Notices, count_recoveries, explained, is_bad_step
 
 pytestmark = pytest.mark.unit
 
@@ -171,11 +173,56 @@ def test_every_new_attempt_is_a_recovery(tmp_path: Path) -> None:
     assert [count_recoveries(output, CONTEXT, 1.0) for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("losses_are_finite", "loss_scale_can_fall", "is_bad"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_a_step_left_out_counts_unless_a_lower_loss_scale_may_mend_it(
+    losses_are_finite: bool, loss_scale_can_fall: bool, is_bad: bool
+) -> None:
+    assert is_bad_step(losses_are_finite, loss_scale_can_fall) is is_bad
+
+
+def test_deepspeeds_loss_scale_falls_to_its_least_and_then_overflows_count() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=4.0, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    )  # fmt: skip
+    seen = []
+    for _ in range(4):
+        seen.append((scaler.cur_scale, can_fall(scaler)))
+        scaler.update_scale(overflow=True)
+    assert seen == [(4.0, True), (2.0, True), (1.0, False), (1.0, False)]
+    assert not can_fall(LossScaler(scale=128.0))  # a fixed one
+
+
 def test_full_memory_says_what_to_change() -> None:
     settings = TrainSettings(micro_batch_size=8, global_batch_size=16)
     message = r"micro_batch_size=8.*use train.micro_batch_size=4.*checkpointing.*offload_optimizer=true"
     with pytest.raises(UserError, match=message), explained(settings, CONTEXT):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("train", "advised"),
+    [
+        ({"micro_batch_size": 35, "global_batch_size": 560, "num_workers": 16}, 7),
+        ({"micro_batch_size": 3, "global_batch_size": 12, "num_workers": 2}, 1),
+        ({"micro_batch_size": 8, "global_batch_size": 48, "num_workers": (1, 3)}, 4),
+        ({"micro_batch_size": 9, "global_batch_size": 54, "num_workers": (1, 3)}, 3),
+        ({"micro_batch_size": 1, "global_batch_size": 4}, None),
+    ],
+)
+def test_the_micro_batch_size_that_is_advised_is_allowed(train: dict[str, object], advised: int | None) -> None:
+    settings = validate(TrainSettings, train)
+    with pytest.raises(UserError) as caught, explained(settings, CONTEXT):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    found = re.search(r"use train\.micro_batch_size=(\d+)", str(caught.value))
+    assert (int(found[1]) if found else None) == advised
+    if advised:
+        validate(TrainSettings, train | {"micro_batch_size": advised})
 
 
 def test_full_host_memory_of_a_real_process_says_what_to_change(tmp_path: Path) -> None:
@@ -219,6 +266,10 @@ def test_how_a_run_is_executed_is_no_part_of_what_it_is(kind: type) -> None:
 
     assert identity(**execution, learning_rate=1e-4) == identity(learning_rate=1e-4)
     assert identity(learning_rate=1e-4) != identity(learning_rate=2e-4)
+    moving = {"reduce_bucket_size": 7, "overlap_comm": True, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}
+    assert identity(deepspeed={"zero_optimization": moving, "dump_state": True}) == identity()
+    assert identity(deepspeed={"zero_optimization": {"zero_quantized_gradients": True}}) != identity()
+    assert identity(deepspeed={"data_types": {"grad_accum_dtype": "bf16"}}) != identity()
     reading = {"read_tasks": 9, "decode_cpus": 0.5, "buffer_mib": 99, "prefetch_blocks": 9, "retry_seconds": 9}
     assert identity({**reading, "placement": "anywhere"}) == identity()
     assert identity({"length_bucket_seconds": 1.0}) != identity()

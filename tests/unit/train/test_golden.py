@@ -13,22 +13,15 @@ by 1.2e-3 (finetune), 8e-3 (pretrain) and 0.1 (distill).
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from beats_ray.config import DistillSettings, FinetuneSettings, PretrainSettings, Section, validate
 from beats_ray.data.storage import open_place
-from beats_ray.models import BeatsEncoder, RandomProjectionTokenizer, encoder_config
 from beats_ray.train.context import single_process_context
-from beats_ray.train.distill import DistillTask
-from beats_ray.train.finetune import FinetuneTask
-from beats_ray.train.loop import Task, run_training
-from beats_ray.train.pretrain import PretrainTask
+from beats_ray.train.loop import run_training
+from tests.support.tasks import TASKS
 from tests.support.training import SyntheticBatches
 
 pytestmark = pytest.mark.unit
@@ -36,43 +29,21 @@ pytestmark = pytest.mark.unit
 FOLDER = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
 STEPS, GLOBAL_BATCH, MICRO_BATCH = 100, 4, 2
-SMALL: dict[str, Any] = {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}
+LEARNING_RATES = {"finetune": 1e-2}
 
 
-def settings_of(kind: type[Section], learning_rate: float = 1e-3, **sections: object) -> Any:
-    train = {
-        "steps": STEPS, "warmup_steps": 10, "learning_rate": learning_rate, "epsilon": 1e-8, "zero_stage": 1,
-        "global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH, "log_every_steps": 1,
+def train_settings(name: str) -> dict[str, object]:
+    return {
+        "steps": STEPS, "warmup_steps": 10, "learning_rate": LEARNING_RATES.get(name, 1e-3), "epsilon": 1e-8,
+        "zero_stage": 1, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH, "log_every_steps": 1,
     }  # fmt: skip
-    return validate(kind, {"train": train, **sections})
-
-
-def pretrain() -> tuple[Task, Any]:
-    encoder = {"preset": "tiny", "overrides": SMALL}
-    settings = settings_of(PretrainSettings, encoder=encoder, predictor={"num_layers": 1})
-    return PretrainTask(settings, 1024, RandomProjectionTokenizer()), settings
-
-
-def distill() -> tuple[Task, Any]:
-    encoder, tokenizer = {"preset": "tiny", "overrides": SMALL}, {"num_codes": 16, "code_dim": 8, "init_batches": 2}
-    settings = settings_of(DistillSettings, encoder=encoder, tokenizer=tokenizer)
-    return DistillTask(settings, BeatsEncoder(encoder_config("tiny", **SMALL))), settings
-
-
-def finetune() -> tuple[Task, Any]:
-    settings = settings_of(FinetuneSettings, learning_rate=1e-2)
-    manifest: Any = SimpleNamespace(label_names=("a", "b", "c"), multi_label=False)
-    return FinetuneTask(settings, BeatsEncoder(encoder_config("tiny", **SMALL)), manifest), settings
-
-
-TASKS: dict[str, Callable[[], tuple[Task, Any]]] = {"pretrain": pretrain, "distill": distill, "finetune": finetune}
 
 
 def losses_of(name: str, output: Path) -> list[float]:
     """The loss of every step."""
     losses: list[float] = []
     torch.manual_seed(0)
-    task, settings = TASKS[name]()
+    task, settings = TASKS[name](train_settings(name))
     context = single_process_context(lambda _step, metrics: losses.append(metrics["train/loss"]))
     source = SyntheticBatches(MICRO_BATCH, GLOBAL_BATCH)
     run_training(task, source, settings.train, context, open_place(str(output)))

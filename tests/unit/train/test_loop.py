@@ -18,6 +18,7 @@ from beats_ray.train.context import single_process_context
 from beats_ray.train.faults import TrainingDiverged
 from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.metrics import read_metrics
+from tests.support.tasks import TASKS
 
 pytestmark = pytest.mark.unit
 
@@ -34,11 +35,12 @@ def interrupt_at(stop: int):
     return report
 
 
-def test_ten_steps_equal_five_a_restore_and_five_bit_for_bit(tmp_path: Path, pretraining) -> None:
-    whole = pretraining.run(tmp_path / "whole", checkpoint_every_steps=5)
+@pytest.mark.parametrize("kind", TASKS)
+def test_ten_steps_equal_five_a_restore_and_five_bit_for_bit(tmp_path: Path, pretraining, kind: str) -> None:
+    whole = pretraining.run(tmp_path / "whole", kind=kind, checkpoint_every_steps=5)
     with pytest.raises(Interrupted):
-        pretraining.run(tmp_path / "broken", interrupt_at(7), checkpoint_every_steps=5)
-    rest = pretraining.run(tmp_path / "broken", checkpoint_every_steps=5)
+        pretraining.run(tmp_path / "broken", interrupt_at(7), kind=kind, checkpoint_every_steps=5)
+    rest = pretraining.run(tmp_path / "broken", kind=kind, checkpoint_every_steps=5)
     assert rest == whole[5:]
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -69,9 +71,11 @@ class RegressionModule(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)
 
-    def forward(self, wave_BS: torch.Tensor, is_real_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
+    def forward(
+        self, wave_BS: torch.Tensor, is_real_BS: torch.Tensor, constant: float = 0.0
+    ) -> tuple[torch.Tensor, dict[str, object]]:
         error_BS = (self.linear(wave_BS.unsqueeze(-1)).squeeze(-1) - wave_BS.abs()).square()
-        return (error_BS * is_real_BS).sum(), {}
+        return (error_BS * is_real_BS).sum() + constant, {}
 
 
 def test_accumulated_micro_batches_train_exactly_as_one_batch_of_unequal_clips(
@@ -89,6 +93,46 @@ def test_accumulated_micro_batches_train_exactly_as_one_batch_of_unequal_clips(
         run_training(Regression(), source, settings, context, open_place(str(tmp_path / str(size))))
     assert losses[2] == pytest.approx(losses[8], rel=1e-5)
     assert losses[8][-1] < losses[8][0]
+
+
+class ConstantNoNumber(Regression):
+    """In one step the loss is no number, and its derivative is finite all the same."""
+
+    def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
+        prepared = super().prepare(batch, generator, training)
+        constant = torch.tensor(math.nan if batch.first_position == 8 else 0.0)
+        return Prepared((*prepared.inputs, constant), prepared.num_targets)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loss_that_is_no_number_is_left_out_though_its_gradient_is_finite(
+    tmp_path: Path, synthetic_batches, zero_stage: int
+) -> None:
+    settings = TrainSettings(
+        steps=4, warmup_steps=0, learning_rate=0.1, global_batch_size=4, micro_batch_size=2, log_every_steps=1,
+        zero_stage=zero_stage,
+    )  # fmt: skip
+    seen: list[tuple[float, float]] = []
+    context = single_process_context(
+        lambda _step, metrics: seen.append((metrics.get("train/loss", math.nan), metrics["train/skipped_steps"]))
+    )
+    run_training(ConstantNoNumber(), synthetic_batches(2, 4), settings, context, open_place(str(tmp_path)))
+    assert [math.isnan(loss) for loss, _ in seen] == [False, False, True, False]
+    assert [skipped for _, skipped in seen] == [0, 0, 1, 1]
+
+
+def test_the_gradient_norm_is_that_of_every_zero_stage(tmp_path: Path, pretraining) -> None:
+    norms: dict[int, list[float]] = {}
+    for stage in range(4):
+        seen = norms.setdefault(stage, [])
+        pretraining.run(
+            tmp_path / str(stage),
+            lambda _step, metrics, seen=seen: seen.append(metrics["train/grad_norm"]),
+            zero_stage=stage, steps=3, micro_batch_size=2,
+        )  # fmt: skip
+        assert seen == pytest.approx(norms[0], rel=1e-4), stage
+    assert len(norms[0]) == 3
+    assert min(norms[0]) > 0
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
@@ -139,13 +183,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path: Path, pret
     assert len(skipped[0]["clips"]) == 4
 
 
+@pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_poisoned_batch_is_left_out_counted_and_named(tmp_path: Path, pretraining, zero_stage: int) -> None:
-    clean = pretraining.run(tmp_path / "clean", zero_stage=zero_stage, steps=6)
+def test_a_poisoned_batch_is_left_out_counted_and_named(
+    tmp_path: Path, pretraining, kind: str, zero_stage: int
+) -> None:
+    clean = pretraining.run(tmp_path / "clean", kind=kind, zero_stage=zero_stage, steps=6)
     seen: list[float] = []
     losses = pretraining.run(
         tmp_path / "poisoned",
         lambda _step, metrics: seen.append(metrics["train/skipped_steps"]),
+        kind=kind,
         zero_stage=zero_stage,
         steps=6,
         poisoned_step=2,
@@ -153,7 +201,10 @@ def test_a_poisoned_batch_is_left_out_counted_and_named(tmp_path: Path, pretrain
     assert losses[:2] == clean[:2]
     assert math.isnan(losses[2])  # nothing was reported of it
     assert all(math.isfinite(loss) for loss in losses[3:])
-    assert losses[-1] < losses[0]
+    weights = load_file(tmp_path / "poisoned" / "model" / "model.safetensors")  # a codebook among them
+    assert all(value.isfinite().all() for value in weights.values())
+    if kind != "finetune":  # whose mixed clips make the loss jump
+        assert losses[-1] < losses[0]
     assert seen == [0, 0, 1, 1, 1, 1]
     assert json.loads((tmp_path / "poisoned" / "skipped-steps.json").read_text()) == [
         {"step": 3, "clips": ["clip-10", "clip-11", "clip-8", "clip-9"]}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from beats_ray import cli
-from beats_ray.config import ConfigError, DistillConfig, FinetuneConfig, PretrainConfig, load_config
+from beats_ray.config import ConfigError, DistillConfig, FinetuneConfig, PretrainConfig, fingerprint, load_config
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
 from beats_ray.data.storage import open_place
@@ -271,6 +271,7 @@ def test_beside_wrong_settings_the_places_are_looked_at(capsys: pytest.CaptureFi
         ("finetune", ["data.folds=[1, 3]"], "folds.validation_fold=2 is not among data.folds=[1, 3]"),
         ("pretrain", ["predictor.num_layers=0"], "predictor.num_layers=0: input should be greater than 0"),
         ("finetune", ["data.folds=[1, 2]"], "data.folds=[1, 2] leaves no fold to train on"),
+        ("pretrain", ["train.loggers=[mlflow]"], "train.loggers=['mlflow']: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:20],
 )
@@ -301,6 +302,30 @@ def test_a_mistake_beyond_the_settings(
     status, out, mistakes = dry(capsys, command, *given, *overrides)
     assert (status, out, len(mistakes)) == (2, "", 1)
     assert message in mistakes[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("{zero_optimisation: {}}", "zero_optimisation: unknown DeepSpeed key; did you mean zero_optimization?"),
+        ("{spam: 1}", "spam: unknown DeepSpeed key; valid keys: aio, "),
+        ("{bfloat16: {}}", "bfloat16: use train.precision=bf16"),
+        ("{amp: {}}", "amp: use train.precision=bf16 or fp16"),
+        ("{scheduler: {}}", "scheduler: the learning rate follows train.schedule"),
+        ("{optimizer: {}}", "optimizer: AdamW is the run's own"),
+        ("{prescale_gradients: true}", "prescale_gradients: beats_ray does this itself"),
+        ("{bf16: {check_grad_overflow: false}}", "bf16.check_grad_overflow=False contradicts"),
+        ("{zero_optimization: {reduce_bucket_sise: 3}}", "zero_optimization.reduce_bucket_sise=3: "),
+        ("{zero_optimization: {reduce_bucket_size: x}}", "zero_optimization.reduce_bucket_size='x': Input should be a"),
+    ],
+)
+def test_an_extra_setting_that_deepspeed_would_not_heed_is_a_mistake(
+    extra: str, message: str, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"data.path={places.data}", f"output={places.output}", f"tokenizer={places.tokenizer}", *TINY]
+    status, out, (mistake,) = dry(capsys, "pretrain", *given, f"train.deepspeed={extra}")
+    assert (status, out) == (2, "")
+    assert mistake.startswith(f"train.deepspeed.{message}")
 
 
 def test_a_run_raises_the_first_mistake_before_it_needs_a_cluster(places: Places) -> None:
@@ -341,6 +366,58 @@ def test_the_state_of_the_chosen_stage_is_for_the_settings_workers(places: Place
     plan, config = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.tokenizer}", *TINY)
     chosen = plan.states[config.train.zero_stage]
     assert chosen.moments == 8 * -(-plan.size.trained // 2)
+
+
+def test_a_size_that_is_auto_is_deepspeeds_default(places: Places) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    auto = "train.deepspeed={zero_optimization: {reduce_bucket_size: auto, stage3_max_live_parameters: auto}}"
+    assert plan_of("pretrain", PretrainConfig, places, *given, auto)[0].states == (
+        plan_of("pretrain", PretrainConfig, places, *given)[0].states
+    )
+
+
+def test_the_memory_of_an_elastic_run_is_that_with_the_fewest_workers(
+    places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY]
+    elastic, _ = plan_of("pretrain", PretrainConfig, places, *given, "train.num_workers=[1, 3]")
+    alone, _ = plan_of("pretrain", PretrainConfig, places, *given, "train.num_workers=1")
+    assert elastic.states == alone.states
+    assert elastic.activation_bytes == alone.activation_bytes
+    preflight.show_plan(elastic, Console())
+    assert "Memory of one of 1 workers, the fewest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("every", "kept"), [(10, 3), (30, 3), (70, 1), (33, 2)])
+def test_the_checkpoint_with_the_best_validation_result_is_counted(places: Places, every: int, kept: int) -> None:
+    given = [f"encoder={places.encoder}", *SMALL, "train.steps=100", "train.warmup_steps=0", "validate_every_steps=20"]
+    given.append(f"train.checkpoint_every_steps={every}")
+    plan, _ = plan_of("finetune", FinetuneConfig, places, *given)
+    assert plan.checkpoints_kept == kept  # of steps that both divide there is one, or none
+    unjudged, _ = plan_of("finetune", FinetuneConfig, places, *given, "folds.validation_fold=-1")
+    assert unjudged.checkpoints_kept == min(2, kept)
+
+
+def test_a_run_that_counts_in_seconds_keeps_its_clips_when_it_goes_on_at_another_size(
+    places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"data.path={places.data}", f"output={tmp_path}", f"tokenizer={places.tokenizer}", TINY[0], SMALL[3]]
+    given += ["train.micro_batch_size=2"]
+    seconds = "train.global_batch_seconds=27"
+    first = load_config(PretrainConfig, None, [*given, seconds, "train.num_workers=2"])
+    assert first.train.global_batch_size == 12
+    record = {"status": "running", "fingerprint": fingerprint(run_identity(first)), "config": run_identity(first)}
+    open_place(str(tmp_path / "stage.json")).write_json(record)
+    assert load_config(PretrainConfig, None, [*given, seconds, "train.num_workers=1"]).train.global_batch_size == 14
+    status, out, mistakes = dry(capsys, "pretrain", *given, seconds, "train.num_workers=1")
+    assert (status, mistakes) == (0, [])
+    assert "12 clips = 2 x 1 workers x 6 accumulated" in out
+    status, _, mistakes = dry(capsys, "pretrain", *given, seconds, "train.num_workers=7")
+    assert status == 2
+    assert "has 12 clips in a step, which is not divisible by micro_batch_size (2) x num_workers (7)" in mistakes[0]
+    status, _, mistakes = dry(capsys, "pretrain", *given, "train.global_batch_seconds=80", "train.num_workers=1")
+    assert status == 2
+    assert "belongs to a run of another config: train.global_batch_size is 12 there" in mistakes[0]
 
 
 def test_checkpoints_with_a_moving_average_are_larger_and_the_table_shows_it(

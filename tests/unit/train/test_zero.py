@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from beats_ray.data.storage import open_place
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.faults import STOP_REQUEST
+from beats_ray.train.metrics import read_metrics
+from tests.support.tasks import TASKS
 from tests.support.training import group, run_group
 
 BATCH = {"global_batch_size": 12, "micro_batch_size": 2, "log_every_steps": 1}
@@ -73,17 +75,44 @@ def test_the_moving_average_depends_on_neither_stage_nor_workers(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Path, kind: str) -> None:
     runs = [
-        {"name": f"stage-{stage}", "zero_stage": stage, "steps": 6, "poisoned_step": 2, **BATCH} for stage in range(4)
+        {"name": f"stage-{stage}", "kind": kind, "zero_stage": stage, "steps": 6, "poisoned_step": 2, **BATCH}
+        for stage in range(4)
     ]
-    (alone,) = run_group(tmp_path, 1, [runs[0] | {"name": "alone"}])
-    assert [math.isnan(loss) for loss in alone] == [False, False, True, False, False, False]
-    for run, losses in zip(runs, run_group(tmp_path, 2, runs), strict=True):
-        assert losses == pytest.approx(alone, abs=1e-5, nan_ok=True), run
+    together = run_group(tmp_path, 2, runs)
+    # Dropout and the codebook's k-means follow the workers, so that one process is comparable in pre-training alone.
+    expected = together[0]
+    if kind == "pretrain":
+        (expected,) = run_group(tmp_path, 1, [runs[0] | {"name": "alone"}])
+    assert [math.isnan(loss) for loss in expected] == [False, False, True, False, False, False]
+    for run, losses in zip(runs, together, strict=True):
+        assert losses == pytest.approx(expected, abs=1e-5, nan_ok=True), run
         (record,) = json.loads((tmp_path / str(run["name"]) / "skipped-steps.json").read_text())
         assert record["step"] == 3
         assert len(record["clips"]) == 12  # of the whole global batch
+
+
+@pytest.mark.slow
+def test_held_out_clips_that_workers_share_unevenly_have_the_means_of_one_process(tmp_path: Path) -> None:
+    # Weights this small would stay whole on every worker, and nobody would wait for anybody.
+    gathered = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    short = BATCH | gathered | {"steps": 2, "warmup_steps": 0}
+    runs = [  # of the two workers: two batches and one, one and none
+        {"name": f"stage-{stage}-{batches}", "zero_stage": stage, "held_out_batches": batches, **short}
+        for stage, batches in ((2, 3), (3, 3), (3, 1))
+    ]
+    run_group(tmp_path, 1, [run | {"name": f"alone-{run['held_out_batches']}"} for run in runs[1:]])
+    run_group(tmp_path, 2, runs, timeout_seconds=60.0)
+
+    def held_out_loss(name: str) -> float:
+        return float(read_metrics(open_place(str(tmp_path / name)))[-1]["test/loss"])
+
+    losses = {run["name"]: held_out_loss(str(run["name"])) for run in runs}
+    expected = {run["name"]: held_out_loss(f"alone-{run['held_out_batches']}") for run in runs}
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert len({round(loss, 4) for loss in expected.values()}) == 2  # of other clips, another mean
 
 
 @pytest.mark.slow
