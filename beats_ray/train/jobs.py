@@ -6,6 +6,7 @@
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,6 @@ from beats_ray.config import (
     PretrainConfig,
     StreamSettings,
     TrainSettings,
-    UserError,
     fingerprint,
 )
 from beats_ray.console import Console
@@ -121,6 +121,7 @@ def _fit(run: Run) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from beats_ray.train.failures import ended_in_its_own_words, failure_rules
     from beats_ray.train.faults import STOP_REQUEST
 
     settings = run.train
@@ -154,15 +155,12 @@ def _fit(run: Run) -> None:
             name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
             storage_path=scratch.path,
             storage_filesystem=scratch.keyless_filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            **failure_rules(run.output / "checkpoints", settings),
         ),
     )
-    failure = run.output / "failure.json"
-    failure.delete()
     (run.output / STOP_REQUEST).delete()
-    _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
-    if failure.exists():
-        raise UserError(failure.read_json()["error"])
+    with ended_in_its_own_words():
+        _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
 
 
 def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) -> None:
@@ -204,18 +202,15 @@ def _checkpoint_before_the_end(output: Place) -> None:
 
 
 def train_worker(payload: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    import ray.train
-
+    """What every Ray Train worker runs; what it raises is judged by `FailureBudget`."""
     from beats_ray.train.worker import train
 
     run: Run = payload["run"]
     try:
         train(run)
-    except UserError as error:
-        # Another attempt would end alike, so Ray Train must not make one: the driver finds this and stops.
-        if ray.train.get_context().get_world_rank() == 0:
-            (run.output / "failure.json").write_json({"error": str(error)})
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # an error that travels to another process leaves its trace behind
+        raise
 
 
 class watch:

@@ -4,13 +4,14 @@ Ray unpickles this in a process of its own, so it imports no torch.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
 
 from beats_ray.config import StreamSettings, TrainSettings
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.data.stream import build_stream
 from beats_ray.train.committed import newest_sound_step
 
@@ -47,7 +48,7 @@ class TrainStream(ray.train.DataConfig):
             seed=run.train.seed,
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
-            start_step=newest_sound_step(run.checkpoints),
+            start_step=with_retries(partial(newest_sound_step, run.checkpoints), run.train.storage_retry_seconds),
             stop_step=run.train.steps,
             num_workers=world_size,
             labels=open_place(run.labels) if run.labels else None,
