@@ -13,7 +13,7 @@ import torch
 
 from beats_ray.config import FinetuneConfig, IterateConfig, PretrainConfig, TrainSettings, UserError, validate
 from beats_ray.data.storage import Place, StorageError, open_place
-from beats_ray.train import faults
+from beats_ray.train import committed, faults
 from beats_ray.train.checkpoint import ResumeCheckpoints
 from beats_ray.train.checks import run_identity
 from beats_ray.train.committed import sound_steps
@@ -65,6 +65,47 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path
     assert float(engine.value) == 30.0
 
 
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_checkpoint_is_damaged_only_if_a_second_reading_says_so_and_its_checksums_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    folder = open_place(str(tmp_path))
+    save_steps(folder, {10: None, 20: None})
+    read, garbled = Place.read_bytes, []
+
+    def garbles_the_newest(place: Place) -> bytes:
+        data = read(place)
+        if place.name.endswith(".safetensors") and "step-00000020" in place.uri and (lasting or not garbled):
+            garbled.append(place)
+            return data[:-1] + bytes([data[-1] ^ 1])
+        return data
+
+    monkeypatch.setattr(Place, "read_bytes", garbles_the_newest)
+    engine = FakeEngine(0.0)
+    step = ResumeCheckpoints(folder, CONTEXT, 2).restore(engine)  # type: ignore[arg-type]
+    assert (step, float(engine.value)) == ((10, 10.0) if lasting else (20, 20.0))
+    assert sound_steps(folder) == ([10] if lasting else [10, 20])
+    if lasting:
+        (checksum,) = (folder / "step-00000020" / "commit.damaged.json").read_json()["files"].values()
+        assert set(checksum) == {"bytes", "sha256"}
+
+
+def test_what_newer_checkpoints_replace_is_deleted_and_a_sound_one_is_always_left(tmp_path: Path) -> None:
+    folder = open_place(str(tmp_path))
+    save_steps(folder, {10: None, 20: None, 30: None}, keep=9)
+    (tmp_path / "step-00000010" / "commit.json").unlink()  # the run ended while it was saved
+    (tmp_path / "step-00000099").mkdir()
+    (tmp_path / "step-00000099" / "rank-00000-x.json").write_text("{}")  # beyond the newest: a save may be under way
+    committed.mark_damaged(folder / "step-00000030")
+    assert sound_steps(folder) == [20]
+    save_steps(folder, {40: None}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000020", "step-00000030", "step-00000040", "step-00000099",
+    ]  # fmt: skip  # the damaged one may still tell what happened
+    save_steps(folder, {50: None}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000099"]
+
+
 class Member(WorkerContext):
     """One of two workers; all of an attempt agree on its token."""
 
@@ -109,6 +150,18 @@ def test_a_save_does_not_wait_for_storage_and_the_next_one_raises_what_it_failed
     go_on.set()
     with pytest.raises(StorageError, match="bucket is gone"):
         checkpoints.save(FakeEngine(2.0), 2)  # type: ignore[arg-type]
+
+
+def test_whatever_ends_an_upload_is_raised_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_place: Place, _data: bytes) -> None:
+        raise MemoryError("no room for the file")
+
+    monkeypatch.setattr(Place, "write_bytes", fails)
+    checkpoints = ResumeCheckpoints(open_place(str(tmp_path)), CONTEXT, 2)
+    checkpoints.save(FakeEngine(1.0), 1)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError, match="no room"):
+        checkpoints.wait()
+    checkpoints.wait()
 
 
 def test_a_stop_request_is_noticed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,5 +295,6 @@ def test_a_checkpoint_whose_size_is_wrong_is_named_in_a_warning(
     part.unlink()
     with caplog.at_level(logging.WARNING):
         assert sound_steps(folder) == []
-    assert "step-00000010 is damaged" in caplog.text
+        assert sound_steps(folder) == []
+    assert caplog.text.count("step-00000010 is damaged") == 1  # however often it is looked at
     assert "is missing" in caplog.text
