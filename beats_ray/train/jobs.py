@@ -3,6 +3,7 @@
 `run_pretrain`, `run_distill` and `run_finetune` differ in the task they name; `_Run` is what the workers get.
 """
 
+import logging
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from beats_ray.config import (
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.data.storage import Place, StorageError, open_place, with_retries
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import (
@@ -158,7 +159,7 @@ def _fit(run: Run) -> None:
             **failure_rules(run.output / "checkpoints", settings),
         ),
     )
-    (run.output / STOP_REQUEST).delete()
+    with_retries((run.output / STOP_REQUEST).delete, settings.storage_retry_seconds)
     with ended_in_its_own_words():
         _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
 
@@ -194,11 +195,18 @@ def _checkpoint_before_the_end(output: Place) -> None:
     from beats_ray.train.committed import sound_steps
     from beats_ray.train.faults import STOP_REQUEST
 
-    before = sound_steps(output / "checkpoints")
-    (output / STOP_REQUEST).write_json({})
-    deadline = time.monotonic() + NOTICE_SECONDS
-    while time.monotonic() < deadline and sound_steps(output / "checkpoints") == before:
-        time.sleep(0.5)
+    checkpoints, deadline = output / "checkpoints", time.monotonic() + NOTICE_SECONDS
+
+    def insist(work: Callable[[], Any]) -> Any:
+        return with_retries(work, deadline - time.monotonic())
+
+    try:
+        before = insist(lambda: sound_steps(checkpoints))
+        insist(lambda: (output / STOP_REQUEST).write_json({}))
+        while time.monotonic() < deadline and insist(lambda: sound_steps(checkpoints)) == before:
+            time.sleep(0.5)
+    except StorageError as error:  # the end comes all the same
+        logging.getLogger(__name__).warning("no checkpoint before the end: %s", error)
 
 
 def train_worker(payload: dict[str, Any]) -> None:

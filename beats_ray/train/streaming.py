@@ -41,6 +41,7 @@ class TrainStream(ray.train.DataConfig):
         """One iterator for each worker, by rank; `datasets` only names them."""
         del worker_handles, worker_node_ids
         run = self._run
+        newest = with_retries(partial(newest_sound_step, run.checkpoints), run.train.storage_retry_seconds)
         stream = build_stream(
             open_place(run.data.path),
             run.manifest,
@@ -48,7 +49,7 @@ class TrainStream(ray.train.DataConfig):
             seed=run.train.seed,
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
-            start_step=with_retries(partial(newest_sound_step, run.checkpoints), run.train.storage_retry_seconds),
+            start_step=min(newest, run.train.steps - 1),  # a run that has only to publish its model reads none of it
             stop_step=run.train.steps,
             num_workers=world_size,
             labels=open_place(run.labels) if run.labels else None,

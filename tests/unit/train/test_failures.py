@@ -6,6 +6,7 @@ import pytest
 
 from beats_ray.config import UserError
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.train import jobs
 from beats_ray.train.failures import FailureBudget, RunFailed
 
 pytestmark = pytest.mark.unit
@@ -75,3 +76,14 @@ def test_the_look_at_where_to_go_on_is_tried_again(tmp_path: Path, monkeypatch: 
     run = streaming.StreamedRun(StreamSettings(path=str(tmp_path)), TrainSettings(), None, "", folder)  # type: ignore[arg-type]
     with pytest.raises(Found, match="20"):
         streaming.TrainStream(run).configure({"train": None}, 1, None, None)
+
+
+def test_a_store_that_is_away_does_not_keep_the_driver_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_place: Place, recursive: bool = False) -> dict[str, int]:
+        raise store_away()
+
+    monkeypatch.setattr(jobs, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(Place, "sizes", away)
+    jobs._checkpoint_before_the_end(open_place(str(tmp_path)))

@@ -165,46 +165,36 @@ def test_whatever_ends_an_upload_is_raised_by_the_next_call(tmp_path: Path, monk
 
 
 def test_a_stop_request_is_noticed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(faults, "POLL_SECONDS", 0.1)
     output = open_place(str(tmp_path))
     notices = Notices(output, CONTEXT)
-    assert not notices.new()
+    assert not notices.new(due=True)
     (output / STOP_REQUEST).write_json({})
     deadline = time.monotonic() + 20
-    while not (noticed := notices.new()) and time.monotonic() < deadline:
+    while not (noticed := notices.new(due=True)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert noticed
-    assert not notices.new()
+    assert not notices.new(due=True)
     notices.close()
 
 
-class Looks(WorkerContext):
-    """One of two workers; the other one takes three times as long for a step."""
-
-    def gather(self, value: tuple[bool, float]) -> list[object]:  # type: ignore[override]
-        self.report(0, {})
-        return [value, (value[0], 3 * value[1])]
-
-
-def test_workers_look_at_notices_every_few_seconds_whatever_a_step_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seconds", [[10.0] * 9, [0.01] * 5000, [0.1] * 100 + [10.0] * 9, [20.0] * 3 + [0.1] * 90])
+def test_workers_look_at_notices_every_few_seconds_however_long_steps_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: list[float]
 ) -> None:
-    now, looks = [0.0], []
+    now, looks = [0.0], [0.0]
     monkeypatch.setattr(faults.time, "perf_counter", lambda: now[0])
-    context = Looks(1, 2, torch.device("cpu"), lambda _step, _metrics: looks.append(now[0]))
+    context = WorkerContext(0, 1, torch.device("cpu"), lambda _step, _metrics: None, lambda: bool(looks.append(now[0])))
     notices = Notices(open_place(str(tmp_path)), context)
-    for seconds, steps in ((10.0, 5), (0.01, 20_000), (0.03, 2_000), (0.5, 200)):
-        begun = now[0]
-        for _ in range(steps):
-            now[0] += seconds
-            notices.new()
-        seen = [look for look in looks if look > begun + 2 * LOOK_SECONDS]  # by then it knows what a step takes
-        gaps = [b - a for a, b in itertools.pairwise(seen)]
-        assert len(gaps) >= 2
-        assert max(gaps) <= max(LOOK_SECONDS, seconds) + 1e-6, seconds
-        if seconds == 0.01:
-            assert min(gaps) > LOOK_SECONDS / 4  # and not with every step
+    for step_seconds in seconds:
+        due = notices.due()
+        now[0] += step_seconds
+        notices.new(due)
+        assert now[0] - looks[-1] <= LOOK_SECONDS + step_seconds + 1e-6  # so two steps are lost at most
+    notices.close()
+    gaps = [b - a for a, b in itertools.pairwise(looks)]
+    assert len(gaps) >= 3
+    assert min(gaps) > LOOK_SECONDS / 2  # and not with every step of those that are fast
 
 
 def test_a_notice_leads_to_a_checkpoint_long_before_the_next_report(
