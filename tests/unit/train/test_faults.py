@@ -194,7 +194,7 @@ def test_workers_look_at_notices_every_few_seconds_however_long_steps_become(
     notices.close()
     gaps = [b - a for a, b in itertools.pairwise(looks)]
     assert len(gaps) >= 3
-    assert min(gaps) > LOOK_SECONDS / 2  # and not with every step of those that are fast
+    assert len(gaps) <= sum(seconds) / LOOK_SECONDS + 2  # and not with every step of those that are fast
 
 
 def test_a_notice_leads_to_a_checkpoint_long_before_the_next_report(
