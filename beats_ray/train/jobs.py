@@ -3,12 +3,12 @@
 `run_pretrain`, `run_distill` and `run_finetune` differ in the task they name; `_Run` is what the workers get.
 """
 
-import logging
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,18 +195,17 @@ def _checkpoint_before_the_end(output: Place) -> None:
     from beats_ray.train.committed import sound_steps
     from beats_ray.train.faults import STOP_REQUEST
 
-    checkpoints, deadline = output / "checkpoints", time.monotonic() + NOTICE_SECONDS
-
-    def insist(work: Callable[[], Any]) -> Any:
-        return with_retries(work, deadline - time.monotonic())
-
-    try:
-        before = insist(lambda: sound_steps(checkpoints))
-        insist(lambda: (output / STOP_REQUEST).write_json({}))
-        while time.monotonic() < deadline and insist(lambda: sound_steps(checkpoints)) == before:
-            time.sleep(0.5)
-    except StorageError as error:  # the end comes all the same
-        logging.getLogger(__name__).warning("no checkpoint before the end: %s", error)
+    deadline = time.monotonic() + NOTICE_SECONDS
+    before: list[int] | None = None
+    while time.monotonic() < deadline:
+        with suppress(StorageError):  # it is asked again, and the end comes all the same
+            found = sound_steps(output / "checkpoints")
+            if before is None:
+                (output / STOP_REQUEST).write_json({})
+                before = found
+            elif found != before:
+                return
+        time.sleep(0.5)
 
 
 def train_worker(payload: dict[str, Any]) -> None:

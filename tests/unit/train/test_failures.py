@@ -78,12 +78,20 @@ def test_the_look_at_where_to_go_on_is_tried_again(tmp_path: Path, monkeypatch: 
         streaming.TrainStream(run).configure({"train": None}, 1, None, None)
 
 
-def test_a_store_that_is_away_does_not_keep_the_driver_from_ending(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_store_that_is_away_does_not_keep_the_driver_from_asking_for_a_checkpoint_and_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
 ) -> None:
-    def away(_place: Place, recursive: bool = False) -> dict[str, int]:
+    listing, looks = Place.sizes, []
+
+    def away(place: Place, recursive: bool = False) -> dict[str, int]:
+        looks.append(place)
+        if comes_back and len(looks) > 1:
+            return listing(place, recursive)
         raise store_away()
 
-    monkeypatch.setattr(jobs, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "NOTICE_SECONDS", 2.0)
     monkeypatch.setattr(Place, "sizes", away)
     jobs._checkpoint_before_the_end(open_place(str(tmp_path)))
+    assert len(looks) > 1
+    assert (tmp_path / "stop-requested.json").exists() is comes_back
