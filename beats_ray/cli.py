@@ -23,6 +23,7 @@ import yaml
 from beats_ray import __version__, config
 from beats_ray.config import Job, UserError, load_config
 from beats_ray.console import Console
+from beats_ray.errors import find_user_error
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\-]*=")
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -382,23 +383,6 @@ def main(arguments: list[str] | None = None) -> int:
             return _complain(str(mistake))
         click.echo(without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)
         return 1
-
-
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an error that a Ray task or worker may have wrapped."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        cause = getattr(current, "cause", None)  # RayTaskError
-        if isinstance(current, UserError) and not isinstance(cause, BaseException):
-            return current
-        failures = getattr(current, "worker_failures", None)  # Ray Train
-        waiting += [cause, *(failures.values() if isinstance(failures, dict) else ()), current.__cause__]
-    return None
 
 
 def without_secrets(text: str) -> str:

@@ -291,7 +291,9 @@ class TrainSettings(Section):
     storage_retry_seconds: PositiveFloat = 300.0
     """How long a checkpoint or a record is tried again while the object store fails."""
     max_failures: NonNegativeInt = 3
-    """Worker failures after which the run gives up; nodes that announce their end (spot) do not count."""
+    """Failures of workers that a run steps over without a new checkpoint in between; each checkpoint gives all of them
+    back, so the length of a run does not matter. Nodes that announce their end (spot) do not count, and a mistake in
+    the settings or the data ends the run at once."""
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is no finite number; each is skipped, then the run ends."""
     collective_timeout_seconds: PositiveFloat = 900.0

@@ -12,3 +12,20 @@ class ConfigError(UserError):
         super().__init__(mistakes[0] if mistakes else "")
         self.mistakes = mistakes
         """One line for every mistake that was found, the message first."""
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error that a Ray task or worker may have wrapped."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)  # RayTaskError
+        if isinstance(current, UserError) and not isinstance(cause, BaseException):
+            return current
+        failures = getattr(current, "worker_failures", None)  # Ray Train
+        waiting += [cause, *(failures.values() if isinstance(failures, dict) else ()), current.__cause__]
+    return None

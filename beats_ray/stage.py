@@ -6,10 +6,14 @@ complete stage is never redone; one that was interrupted is run again, and its w
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from beats_ray.config import UserError, fingerprint
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, StorageError, with_retries
+
+RETRY_SECONDS = 300.0
+"""How long `stage.json` is tried again while the object store fails: as long as what training itself writes."""
 
 
 def is_complete(output: Place) -> bool:
@@ -27,16 +31,17 @@ def run_stage(output: Place, settings: dict[str, Any], work: Callable[[], None])
     if found.get("status") == "complete":
         return False
     record = {"status": "running", "fingerprint": mark, "config": settings, "seconds": found.get("seconds", 0.0)}
-    (output / "stage.json").write_json(record)
+    _write(output, record)
     started = time.monotonic()
     try:
         work()
     except BaseException:
         record["seconds"] += time.monotonic() - started
-        (output / "stage.json").write_json(record)
+        with suppress(StorageError):  # why the work ended is what must be heard of, and soon
+            _write(output, record, retry_seconds=0.0)
         raise
     seconds = record["seconds"] + time.monotonic() - started
-    (output / "stage.json").write_json(record | {"status": "complete", "seconds": seconds})
+    _write(output, record | {"status": "complete", "seconds": seconds})
     return True
 
 
@@ -62,7 +67,11 @@ def first_difference(old: Any, new: Any, name: str = "") -> str:
 
 def _read(output: Place) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = (output / "stage.json").read_json()
+        found: dict[str, Any] = with_retries((output / "stage.json").read_json, RETRY_SECONDS)
     except FileNotFoundError:
         return {}
     return found
+
+
+def _write(output: Place, record: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> None:
+    with_retries(lambda: (output / "stage.json").write_json(record), retry_seconds)

@@ -3,6 +3,7 @@
 Layout: `FOLDER/step-00001000/` holds one `rank-00000-TOKEN.safetensors` for each worker, its size and SHA-256 in a
 `.json` of the same name, and, written last, `commit.json` with those of all. A folder without `commit.json` is an
 interrupted save and is never used; one whose files do not match it is damaged, and the checkpoint before it is taken.
+Where the content alone is damaged, `commit.json` becomes `commit.damaged.json`.
 
 The state does not depend on the ZeRO stage or the number of workers (see `Engine.snapshot`): any run goes on from it.
 Nothing random is saved, since the loop draws everything from (seed, step, place).
@@ -19,8 +20,8 @@ from typing import TypeVar
 
 import torch
 
-from beats_ray.data.storage import Place, StorageError, with_retries
-from beats_ray.train.committed import newest_sound_step, sound_steps
+from beats_ray.data.storage import Place, with_retries
+from beats_ray.train.committed import look_through, mark_damaged, newest_sound_step
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.engine import Engine
 
@@ -49,7 +50,7 @@ class ResumeCheckpoints:
         self._retry_seconds = retry_seconds
         self._token: str = context.gather(uuid.uuid4().hex[:8])[0]  # tells this attempt's files from an earlier one's
         self._upload: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def save(self, engine: Engine, step: int, score: float | None = None) -> None:
         """Copies the state after `step` optimizer steps and writes it in the background. All ranks must call it.
@@ -80,14 +81,19 @@ class ResumeCheckpoints:
             step = context.gather(newest)[0]
             if not step:
                 return 0
-            state, problem = self._retried(partial(_read, self._at(step)))
+            state, problem = self._read_twice(step)
             problems = [found for found in context.gather(problem) if found]
             if not problems:
                 engine.restore(state)
                 return int(step)
             if context.rank == 0:  # whoever looks next, a data stream among them, must not count it
-                (self._at(step) / "commit.json").delete()
+                self._retried(partial(mark_damaged, self._at(step)))
                 logger.warning("checkpoint step %d is damaged (%s); using the one before", step, problems[0])
+
+    def _read_twice(self, step: int) -> tuple[dict[str, torch.Tensor], str | None]:
+        """As `_read`, with a second look before the files are blamed for what one reading of them may have garbled."""
+        state, problem = self._retried(partial(_read, self._at(step)))
+        return (state, None) if problem is None else self._retried(partial(_read, self._at(step)))
 
     def _at(self, step: int) -> Place:
         return self.folder / f"step-{step:08d}"
@@ -107,7 +113,7 @@ class ResumeCheckpoints:
             self._retried(lambda: (target / f"{name}.json").write_json(entry))
             if self._context.rank == 0:
                 self._commit(target, step, score)
-        except (StorageError, TimeoutError) as error:  # the next call of `save` or `wait` raises it
+        except BaseException as error:  # noqa: BLE001  # the next call of `save` or `wait` raises it
             self._failure = error
 
     def _retried(self, work: Callable[[], ResultT]) -> ResultT:
@@ -128,12 +134,19 @@ class ResumeCheckpoints:
         self._retried(self._drop_old)
 
     def _drop_old(self) -> None:
-        steps = sound_steps(self.folder)  # a damaged one never takes the place of a good one
-        scores = {step: (self._at(step) / "commit.json").read_json().get("score") for step in steps}
-        best = max((step for step in steps if scores[step] is not None), key=lambda step: scores[step], default=None)
-        for step in steps[: -self._keep]:
-            if step != best:
-                self._at(step).delete()
+        """Deletes what the newest sound checkpoints replace, interrupted saves and damaged checkpoints among it.
+
+        A damaged one never takes the place of a sound one.
+        """
+        found = look_through(self.folder)
+        if not found.sound:  # nothing replaces anything where even the newest was damaged at once
+            return
+        scores = {step: (self._at(step) / "commit.json").read_json().get("score") for step in found.sound}
+        best = max((step for step in found.sound if scores[step] is not None), key=lambda step: scores[step], default=0)
+        kept = found.sound[-self._keep :]
+        outdated = [step for step in found.sound + found.damaged if step < kept[0] and step != best]
+        for step in outdated + [step for step in found.interrupted if step < kept[-1]]:
+            self._at(step).delete()
 
 
 def _read(source: Place) -> tuple[dict[str, torch.Tensor], str | None]:

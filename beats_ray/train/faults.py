@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ STOP_REQUEST = "stop-requested.json"
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 3.0
 """About how long workers train between two looks at what they have noticed."""
+THREAD_NAME = "stop request"
 
 
 class TrainingDiverged(UserError):
@@ -28,8 +30,9 @@ class TrainingDiverged(UserError):
 class Notices:
     """Notices that the run or one of its nodes is about to end: Ray's drain of a node, or a stop request on storage.
 
-    Workers must agree on what they have noticed, and for that they wait for one another (and for their devices). So
-    they look every few seconds only: every so many steps, a number that they agree on each time.
+    Workers must agree on what they have noticed, and for that they wait for one another. So they look every few seconds
+    only, and say with a number that a step sums up over them anyway whether it is time: however much slower steps have
+    become, a look is two steps late at most.
     """
 
     def __init__(self, output: Place, context: WorkerContext) -> None:
@@ -38,23 +41,25 @@ class Notices:
         self._requested = threading.Event()
         self._closed = threading.Event()
         self._heeded = False
-        self._steps, self._steps_between = 0, 1
-        self._last_look = time.perf_counter()
+        self._last_look = self._last_step = time.perf_counter()
         if context.rank == 0:
-            threading.Thread(target=self._poll, daemon=True).start()
+            threading.Thread(target=self._poll, daemon=True, name=THREAD_NAME).start()
 
-    def new(self) -> bool:
-        """Whether there is a notice that was not there before, the same on every worker; all ask after every step."""
-        self._steps += 1
-        if self._steps < self._steps_between:
+    def due(self) -> bool:
+        """Whether it is time to look after the step that begins now, in this worker's view; asked before each step."""
+        now = time.perf_counter()
+        step_seconds, self._last_step = now - self._last_step, now
+        return now + step_seconds - self._last_look >= LOOK_SECONDS
+
+    def new(self, due: bool) -> bool:
+        """Whether there is a notice that was not there before, the same on every worker; all ask after every step.
+
+        due: whether any worker thinks that it is time to look.
+        """
+        if not due:
             return False
-        seconds = (time.perf_counter() - self._last_look) / self._steps
-        answers = self._context.gather((self._context.notice() or self._requested.is_set(), seconds))
-        slowest = max(seconds for _, seconds in answers)
-        # At most twice as many: steps that were fast once, as those a device has yet to run, may not be so for long.
-        self._steps_between = max(1, min(2 * self._steps_between, int(LOOK_SECONDS / max(slowest, 1e-6))))
-        self._steps, self._last_look = 0, time.perf_counter()
-        noticed = any(found for found, _ in answers)
+        noticed = any(self._context.gather(self._context.notice() or self._requested.is_set()))
+        self._last_look = time.perf_counter()
         new = noticed and not self._heeded
         self._heeded = noticed
         return new
@@ -75,17 +80,21 @@ class Notices:
 class SkippedSteps:
     """The steps that were left out because of a loss or gradient that is no finite number."""
 
-    def __init__(self, output: Place, most_in_a_row: int, context: WorkerContext) -> None:
+    def __init__(self, output: Place, settings: TrainSettings, context: WorkerContext, first_step: int = 0) -> None:
+        """Every rank must call it. first_step: where the run goes on; what was written beyond it is dropped."""
         self._file = output / "skipped-steps.json"
-        self._most = most_in_a_row
+        self._most = settings.max_bad_steps
+        self._retry_seconds = settings.storage_retry_seconds
         self._context = context
-        self._records: list[dict[str, object]] = []
+        self._records: list[dict[str, Any]] = context.gather(self._read(first_step) if context.rank == 0 else None)[0]
         self.count = 0
         """How many came in a row up to now."""
+        while self.count < len(self._records) and self._records[-1 - self.count]["step"] == first_step - self.count:
+            self.count += 1
 
     @property
     def total(self) -> int:
-        """How many there were since this process began."""
+        """How many there were in the run up to now."""
         return len(self._records)
 
     def record(self, step: int, clip_ids: list[tuple[str, ...]]) -> None:
@@ -95,7 +104,7 @@ class SkippedSteps:
         self._records.append({"step": step + 1, "clips": clips})
         if self._context.rank == 0:
             logger.warning("step %d skipped: loss or gradient is no finite number; its clips: %s", step + 1, clips)
-            self._file.write_json(self._records)
+            self._write(self._records)
         if self.count >= self._most:
             shown = ", ".join(clips[:8]) + (f" and {len(clips) - 8} more" if len(clips) > 8 else "")
             raise TrainingDiverged(
@@ -103,6 +112,19 @@ class SkippedSteps:
                 f"row, the last one step {step + 1} with clips {shown} (all are in {self._file.uri}); lower "
                 "train.learning_rate, or take these clips out"
             )
+
+    def _read(self, first_step: int) -> list[dict[str, Any]]:
+        try:
+            found = with_retries(self._file.read_json, self._retry_seconds)
+        except FileNotFoundError:
+            return []
+        kept = [record for record in found if record["step"] <= first_step]
+        if kept != found:
+            self._write(kept)
+        return kept
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        with_retries(lambda: self._file.write_json(records), self._retry_seconds)
 
 
 def is_bad_step(losses_are_finite: bool, loss_scale_can_fall: bool) -> bool:

@@ -6,7 +6,9 @@
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +18,11 @@ from beats_ray.config import (
     PretrainConfig,
     StreamSettings,
     TrainSettings,
-    UserError,
     fingerprint,
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.data.storage import Place, StorageError, open_place, with_retries
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import (
@@ -123,6 +124,7 @@ def _fit(run: Run) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from beats_ray.train.failures import ended_in_its_own_words, failure_rules
     from beats_ray.train.faults import STOP_REQUEST
 
     settings = run.train
@@ -156,15 +158,12 @@ def _fit(run: Run) -> None:
             name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
             storage_path=scratch.path,
             storage_filesystem=scratch.keyless_filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            **failure_rules(run.output / "checkpoints", settings),
         ),
     )
-    failure = run.output / "failure.json"
-    failure.delete()
-    (run.output / STOP_REQUEST).delete()
-    _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
-    if failure.exists():
-        raise UserError(failure.read_json()["error"])
+    with_retries((run.output / STOP_REQUEST).delete, settings.storage_retry_seconds)
+    with ended_in_its_own_words():
+        _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
 
 
 def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) -> None:
@@ -198,26 +197,29 @@ def _checkpoint_before_the_end(output: Place) -> None:
     from beats_ray.train.committed import sound_steps
     from beats_ray.train.faults import STOP_REQUEST
 
-    before = sound_steps(output / "checkpoints")
-    (output / STOP_REQUEST).write_json({})
     deadline = time.monotonic() + NOTICE_SECONDS
-    while time.monotonic() < deadline and sound_steps(output / "checkpoints") == before:
+    before: list[int] | None = None
+    while time.monotonic() < deadline:
+        with suppress(StorageError):  # it is asked again, and the end comes all the same
+            found = sound_steps(output / "checkpoints")
+            if before is None:
+                (output / STOP_REQUEST).write_json({})
+                before = found
+            elif found != before:
+                return
         time.sleep(0.5)
 
 
 def train_worker(payload: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    import ray.train
-
+    """What every Ray Train worker runs; what it raises is judged by `FailureBudget`."""
     from beats_ray.train.worker import train
 
     run: Run = payload["run"]
     try:
         train(run)
-    except UserError as error:
-        # Another attempt would end alike, so Ray Train must not make one: the driver finds this and stops.
-        if ray.train.get_context().get_world_rank() == 0:
-            (run.output / "failure.json").write_json({"error": str(error)})
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # an error that travels to another process leaves its trace behind
+        raise
 
 
 class watch:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ MAX_WAITING = 1000
 """Reports that wait for a server before further ones are dropped."""
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for a server to take what is left."""
+FAILED_CLOSE_SECONDS = 5.0
+"""The same of a run that failed, and whose restart waits."""
 PROJECT = "beats_ray"
 """MLflow experiment and W&B project where the environment names none."""
 IDENTITY_TAG = "beats_ray.run_id"
@@ -46,8 +49,8 @@ class Logger(Protocol):
         """Called at checkpoints: what was written so far should outlive this process."""
         ...
 
-    def close(self) -> None:
-        """Flushes and ends; called once, when the run is complete."""
+    def close(self, complete: bool = True) -> None:
+        """Flushes and ends; called once, when the run is complete or has failed."""
         ...
 
 
@@ -124,8 +127,9 @@ class TensorBoardLogger:
         self._writer.flush()
         self._place.upload(Path(self._folder.name))
 
-    def close(self) -> None:
-        self.flush()
+    def close(self, complete: bool = True) -> None:
+        if complete:  # what a failed run reported beyond its checkpoint is reported again by the one that goes on
+            self.flush()
         self._writer.close()
         self._folder.cleanup()
 
@@ -152,7 +156,7 @@ class PrometheusLogger:
     def flush(self) -> None:
         """Ray exports by itself."""
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         """The last values stay until the process ends."""
 
 
@@ -193,10 +197,11 @@ class BackgroundLogger:
     def flush(self) -> None:
         self._enqueue(self._logger.flush)
 
-    def close(self) -> None:
-        deadline = time.monotonic() + self._close_seconds
+    def close(self, complete: bool = True) -> None:
+        seconds = self._close_seconds if complete else min(self._close_seconds, FAILED_CLOSE_SECONDS)
+        deadline = time.monotonic() + seconds
         try:
-            self._calls.put(self._end, timeout=self._close_seconds)
+            self._calls.put(partial(self._end, complete), timeout=seconds)
         except queue.Full:
             pass
         else:
@@ -214,9 +219,9 @@ class BackgroundLogger:
         self._logger.write(record)
         self._delivered += 1
 
-    def _end(self) -> None:
+    def _end(self, complete: bool) -> None:
         try:
-            self._logger.close()
+            self._logger.close(complete)
         finally:
             self._closed.set()
 
@@ -264,9 +269,9 @@ class MlflowLogger:
     def flush(self) -> None:
         """The server has all that was written."""
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         if self._found is not None:
-            self._client.set_terminated(self._found)
+            self._client.set_terminated(self._found, "FINISHED" if complete else "FAILED")
 
     def _open(self) -> str:
         """MLflow's id of the run, found or made on the server, with the hyperparameters that it lacked added."""
@@ -336,9 +341,9 @@ class WandbLogger:
             folder = Path(self._run.dir).parent
             (self._place / folder.name).upload(folder)
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=0 if complete else 1)
             self.flush()
         self._folder.cleanup()
 

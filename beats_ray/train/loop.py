@@ -8,9 +8,11 @@ Everything random is drawn from generators that are seeded by (seed, step, place
 restored at a checkpoint goes on exactly as if it had not stopped.
 """
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -75,7 +77,7 @@ class BatchSource(Protocol):
         ...
 
 
-def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one place
+def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, in one place
     task: Task,
     source: BatchSource,
     settings: TrainSettings,
@@ -99,72 +101,97 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     recoveries = count_recoveries(output, context, settings.storage_retry_seconds)
     engine = Engine(task.module, settings, task.depths())
     first_step = checkpoints.restore(engine)
-    batches = source.training(first_step)
-    log = None
-    if context.rank == 0:
-        log = MetricsLog(output, first_step, build_loggers(first_step) if build_loggers else None)
-    notices = Notices(output, context)
-    skipped = SkippedSteps(output, settings.max_bad_steps, context)
-    meter = Meter(settings, context, first_step, flops_per_clip)
-    metrics: dict[str, float] = {}
+    with contextlib.ExitStack() as running:
+        batches = source.training(first_step)
+        if isinstance(batches, Generator):
+            running.callback(batches.close)
+        log = None
+        if context.rank == 0:
+            loggers = build_loggers(first_step) if build_loggers else None
+            log = running.enter_context(MetricsLog(output, first_step, loggers, settings.storage_retry_seconds))
+        notices = running.enter_context(contextlib.closing(Notices(output, context)))
+        skipped = SkippedSteps(output, settings, context, first_step)
+        meter = Meter(settings, context, first_step, flops_per_clip)
+        # Those of a run that had only to publish its model are on record already.
+        metrics: dict[str, float] = (
+            context.gather(log.newest if log else None)[0] if first_step == settings.steps else {}
+        )
 
-    for step in range(first_step, settings.steps):
-        _seed_dropout(settings.seed, step, context.rank)
-        prepared = [
-            _fetch(task, batches, settings, context, meter)
-            for _ in range(settings.accumulation_steps(context.world_size))
-        ]
-        results, is_bad = _train_step(engine, prepared, step, context)
-        if results is not None:
-            skipped.count = 0
-            for sums in results:
-                meter.add(sums)
-        elif is_bad:
-            skipped.record(step, [part.clip_ids for part in prepared])
+        for step in range(first_step, settings.steps):
+            _seed_dropout(settings.seed, step, context.rank)
+            look_due = notices.due()
+            prepared = [
+                _fetch(task, batches, settings, context, meter)
+                for _ in range(settings.accumulation_steps(context.world_size))
+            ]
+            results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due)
+            if results is not None:
+                skipped.count = 0
+                for sums in results:
+                    meter.add(sums)
+            elif is_bad:
+                skipped.record(step, [part.clip_ids for part in prepared])
 
-        done = step + 1
-        last = done == settings.steps
-        validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
-        noticed = notices.new()
-        saves = (done % settings.checkpoint_every_steps == 0 or noticed) and not last
-        # With each checkpoint a report, or the next one would speak of other steps in a run that was resumed there.
-        if done % settings.log_every_steps == 0 or last or validates or saves:
-            metrics = meter.report(done, engine) | {
-                "train/skipped_steps": skipped.total,
-                "train/recoveries": recoveries,
-                "perf/checkpoint_seconds": checkpoints.blocked_seconds,
-            }
-            if validates:
-                metrics |= evaluate(task, engine, source, context, "validation")
-            if last:
-                metrics |= evaluate(task, engine, source, context, "test")
-        reports = metrics.get("step") == done
-        if log and reports:
-            log.write(metrics)
-        if saves:
-            if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
-                with_retries(log.flush, settings.storage_retry_seconds)
-            checkpoints.save(engine, done, metrics.get("validation/accuracy") if validates else None)
-            if noticed:  # there may be no next step
-                checkpoints.wait()
-        if reports and not last:
-            context.report(done, metrics)
+            done = step + 1
+            last = done == settings.steps
+            validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
+            noticed = notices.new(look_due)
+            saves = _saves(settings, done, noticed)
+            # With each checkpoint a report, or the next one would speak of other steps in a run that was resumed there.
+            if done % settings.log_every_steps == 0 or last or validates or saves:
+                metrics = meter.report(done, engine) | {
+                    "train/skipped_steps": skipped.total,
+                    "train/recoveries": recoveries,
+                    "perf/checkpoint_seconds": checkpoints.blocked_seconds,
+                }
+                if validates:
+                    metrics |= evaluate(task, engine, source, context, "validation")
+                if last:
+                    metrics |= evaluate(task, engine, source, context, "test")
+            reports = metrics.get("step") == done
+            if log and reports:
+                log.write(metrics)
+            if saves:
+                if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
+                    with_retries(log.flush, settings.storage_retry_seconds)
+                checkpoints.save(engine, done, metrics.get("validation/accuracy") if validates else None)
+                if noticed:  # there may be no next step
+                    checkpoints.wait()
+            if reports and not last:
+                context.report(done, metrics)
 
-    notices.close()
-    checkpoints.wait()
-    publish(task, engine, context, output)
-    if log:
-        with_retries(log.close, settings.storage_retry_seconds)
+        checkpoints.wait()
+        publish(task, engine, context, output, settings.storage_retry_seconds)
+        if log:
+            with_retries(log.close, settings.storage_retry_seconds)
     context.report(settings.steps, metrics)
     return metrics
 
 
+def _saves(settings: TrainSettings, done: int, noticed: bool) -> bool:
+    """Whether a checkpoint follows step `done`.
+
+    The last step makes one too, in a run that makes any: when publishing the model fails, for as long as the store is
+    away or because a worker is lost, what is left to do again is to publish it.
+    """
+    last = done == settings.steps
+    if settings.steps <= settings.checkpoint_every_steps:
+        return noticed and not last
+    return last or noticed or done % settings.checkpoint_every_steps == 0
+
+
 def _train_step(
-    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext
-) -> tuple[list[MetricSums] | None, bool]:
-    """One optimizer step: its micro-batches' sums, or None where it was left out; and whether it was a bad one."""
+    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext, look_due: bool
+) -> tuple[list[MetricSums] | None, bool, bool]:
+    """One optimizer step: its micro-batches' sums, or None where it was left out; and whether it was a bad one.
+
+    The last result is whether `look_due` is true on any worker.
+    """
     scale_can_fall = engine.loss_scale_can_fall
-    num_targets = context.all_reduce(torch.stack([part.num_targets for part in prepared]).sum().double())
+    num_targets = torch.stack([part.num_targets for part in prepared]).sum().double()
+    num_targets, looks_due = context.all_reduce(
+        torch.stack([num_targets, torch.full_like(num_targets, float(look_due))])  # filled there, without a wait
+    ).unbind()
     results: list[MetricSums] = []
     moved = False
     for index, part in enumerate(prepared):
@@ -172,9 +199,11 @@ def _train_step(
         engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
         moved = engine.step(step, last_micro_batch=index == len(prepared) - 1)
         results.append({"train/loss": (loss_sum, part.num_targets), **sums})
+    # The engine has just waited for the device, to know whether the gradient is finite: this costs no further wait.
+    is_due = bool(looks_due > 0)
     if moved:
-        return results, False
-    return None, is_bad_step(_losses_are_finite(results, context), scale_can_fall)
+        return results, False, is_due
+    return None, is_bad_step(_losses_are_finite(results, context), scale_can_fall), is_due
 
 
 def _losses_are_finite(results: list[MetricSums], context: WorkerContext) -> bool:
@@ -225,14 +254,14 @@ def _in_step(batches: Iterable[MicroBatch], context: WorkerContext) -> Iterator[
         batch = next(remaining, None)
 
 
-def publish(task: Task, engine: Engine, context: WorkerContext, output: Place) -> None:
+def publish(task: Task, engine: Engine, context: WorkerContext, output: Place, retry_seconds: float = 0.0) -> None:
     """Writes the published model to `output/model`; every rank must call it."""
     state_dict = engine.full_state_dict()
     if context.rank == 0:
         with tempfile.TemporaryDirectory(prefix="beats-ray-publish-") as scratch:
             folder = Path(scratch) / "model"
             task.publish(state_dict, folder)
-            (output / "model").upload(folder)
+            with_retries(partial((output / "model").upload, folder), retry_seconds)
     context.gather(None)  # nobody goes on before the model is there
 
 

@@ -4,17 +4,21 @@ A metric is a pair (sum, count). Sums are kept on the device and reduced over th
 """
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, with_retries
 from beats_ray.models import codebook_usage
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.loggers import Logger, TensorBoardLogger
+
+_log = logging.getLogger(__name__)
 
 MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor]
 """Name -> (sum, count), both scalars on the training device; or, for `.../code_counts`, how often each code came up."""
@@ -71,13 +75,34 @@ class MetricsLog:
     checkpoints and at the end), since object storage cannot append. `seconds` goes on over resumptions.
     """
 
-    def __init__(self, output: Place, resumed_step: int, loggers: Sequence[Logger] | None = None) -> None:
-        """`loggers`: TensorBoard alone unless given."""
+    def __init__(
+        self, output: Place, resumed_step: int, loggers: Sequence[Logger] | None = None, retry_seconds: float = 0.0
+    ) -> None:
+        """`loggers`: TensorBoard alone unless given. retry_seconds: how long earlier reports are asked for."""
         self._output = output
-        self._records = [record for record in read_metrics(output) if record["step"] <= resumed_step]
+        earlier = with_retries(partial(read_metrics, output), retry_seconds)
+        self._records = [record for record in earlier if record["step"] <= resumed_step]
         self._seconds_before = self._records[-1].get("seconds", 0.0) if self._records else 0.0
         self._loggers = [TensorBoardLogger(output / "tensorboard", resumed_step)] if loggers is None else list(loggers)
         self._publisher: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the loggers of a run that failed; `close` ends the log of one that is complete."""
+        if kind is None:
+            return
+        for logger in self._loggers:
+            try:
+                logger.close(complete=False)
+            except Exception as error:  # noqa: BLE001  # what ended the run is what must be heard of
+                _log.warning("%s did not close: %s", type(logger).__name__, error)
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The last report; empty where there is none."""
+        return dict(self._records[-1]) if self._records else {}
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one report; `record["step"]` is its place on the x axis."""

@@ -104,8 +104,9 @@ class RunPlan:
 
     @property
     def checkpoints_written(self) -> int:
-        """Resume checkpoints over the whole run; the last step publishes the model instead."""
-        return (self.train.steps - 1) // self.train.checkpoint_every_steps
+        """Resume checkpoints over the whole run, that of the last step among them where there are any."""
+        longer = self.train.steps > self.train.checkpoint_every_steps
+        return -(-self.train.steps // self.train.checkpoint_every_steps) if longer else 0
 
     @property
     def checkpoints_kept(self) -> int:

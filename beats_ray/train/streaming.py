@@ -4,13 +4,14 @@ Ray unpickles this in a process of its own, so it imports no torch.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
 
 from beats_ray.config import StreamSettings, TrainSettings
 from beats_ray.data.manifest import DatasetManifest
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.data.stream import build_stream
 from beats_ray.train.committed import newest_sound_step
 
@@ -40,6 +41,7 @@ class TrainStream(ray.train.DataConfig):
         """One iterator for each worker, by rank; `datasets` only names them."""
         del worker_handles, worker_node_ids
         run = self._run
+        newest = with_retries(partial(newest_sound_step, run.checkpoints), run.train.storage_retry_seconds)
         stream = build_stream(
             open_place(run.data.path),
             run.manifest,
@@ -47,7 +49,7 @@ class TrainStream(ray.train.DataConfig):
             seed=run.train.seed,
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
-            start_step=newest_sound_step(run.checkpoints),
+            start_step=min(newest, run.train.steps - 1),  # a run that has only to publish its model reads none of it
             stop_step=run.train.steps,
             num_workers=world_size,
             labels=open_place(run.labels) if run.labels else None,

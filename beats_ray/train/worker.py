@@ -8,7 +8,7 @@ import torch
 
 from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
-from beats_ray.data.storage import open_place
+from beats_ray.data.storage import open_place, with_retries
 from beats_ray.inference import load_published
 from beats_ray.models import describe_model
 from beats_ray.train.checks import run_identity, training_folds
@@ -23,8 +23,7 @@ from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     """Runs this worker's part of `run`; the context is Ray Train's unless given."""
     context = context or ray_train_context()
-    torch.manual_seed(run.train.seed)
-    task, published = build_task(run)
+    task, published = with_retries(partial(_build_seeded, run), run.train.storage_retry_seconds)
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
     flops = step_flops_per_clip(run.kind, run.config, published, len(run.manifest.label_names))
@@ -49,6 +48,11 @@ def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
     identity = fingerprint(run_identity(run.config) | {"output": run.output.uri})
     name = "/".join(run.output.uri.rstrip("/").rsplit("/", 2)[-2:])
     return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
+
+
+def _build_seeded(run: Run) -> tuple[Task, dict[str, Any]]:
+    torch.manual_seed(run.train.seed)  # in here: a second try begins with the same weights as the first
+    return build_task(run)
 
 
 def build_task(run: Run) -> tuple[Task, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What the README and docs show runs: Python examples as they stand, and every command of the command line exists."""
 
+import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -78,3 +80,20 @@ def test_every_command_in_the_pages_exists() -> None:
                 names = [name for one in cli.commands[words[1]].params for name in one.opts]
                 assert option in [*names, "--help"], f"{page.name}: {line}"
     assert {"prepare", "iterate", "predict", "embed", "import", "export"} <= seen
+
+
+def test_ray_job_stop_waits_for_the_last_checkpoint_of_a_run_that_is_submitted_as_shown() -> None:
+    from ray.dashboard.modules.job import job_manager, job_supervisor
+
+    from beats_ray.train.jobs import NOTICE_SECONDS
+
+    variable = "RAY_JOB_STOP_WAIT_TIME_S"
+    assert variable in inspect.getsource(job_supervisor.JobSupervisor.run)  # of the Ray that is installed
+    for page in (ROOT / "docs" / "training.md", ROOT / "jobs" / "README.md"):
+        shown = re.findall(r"^ *(ray job submit .*--runtime-env-json .*)$", page.read_text(), re.MULTILINE)
+        assert shown, page
+        for line in shown:
+            words = shlex.split(line)
+            given = json.loads(words[words.index("--runtime-env-json") + 1])
+            seen = job_manager.JobManager._get_supervisor_runtime_env(None, given, "job")  # of who waits
+            assert int(seen["env_vars"][variable]) > NOTICE_SECONDS + 10  # it closes the cluster afterwards

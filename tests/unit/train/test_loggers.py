@@ -60,7 +60,7 @@ class Recorder:
     def flush(self) -> None:
         self.flushes += 1
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
         self.closes += 1
 
 

@@ -2,8 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from beats_ray.config import TrainSettings
 from beats_ray.data.batches import MicroBatch
-from beats_ray.data.storage import open_place
+from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.models import load_model
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import single_process_context
-from beats_ray.train.faults import TrainingDiverged
+from beats_ray.train.faults import THREAD_NAME, SkippedSteps, TrainingDiverged
 from beats_ray.train.loop import Prepared, run_training
 from beats_ray.train.metrics import read_metrics
 from tests.support.tasks import TASKS
@@ -159,7 +162,7 @@ def test_a_checkpoint_without_commit_is_never_used(tmp_path: Path, pretraining) 
 
 def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path: Path, pretraining) -> None:
     pretraining.run(tmp_path, checkpoint_every_steps=2, keep_checkpoints=2)
-    assert sound_steps(open_place(str(tmp_path / "checkpoints"))) == [6, 8]
+    assert sound_steps(open_place(str(tmp_path / "checkpoints"))) == [8, 10]
 
 
 def test_published_encoder_has_learned_and_loads(tmp_path: Path, pretraining) -> None:
@@ -209,3 +212,114 @@ def test_a_poisoned_batch_is_left_out_counted_and_named(
     assert json.loads((tmp_path / "poisoned" / "skipped-steps.json").read_text()) == [
         {"step": 3, "clips": ["clip-10", "clip-11", "clip-8", "clip-9"]}
     ]
+
+
+def test_what_was_skipped_is_known_to_the_attempt_that_goes_on(tmp_path: Path, pretraining) -> None:
+    settings = {"steps": 8, "checkpoint_every_steps": 4, "poisoned_step": 2}
+    seen: list[float] = []
+    with pytest.raises(Interrupted):
+        pretraining.run(tmp_path, interrupt_at(6), **settings)
+    pretraining.run(tmp_path, lambda _step, metrics: seen.append(metrics["train/skipped_steps"]), **settings)
+    assert seen == [1, 1, 1, 1]
+    assert [record["step"] for record in json.loads((tmp_path / "skipped-steps.json").read_text())] == [3]
+
+
+def test_steps_skipped_in_a_row_are_counted_over_a_restart_and_those_beyond_it_forgotten(tmp_path: Path) -> None:
+    context = single_process_context(lambda _step, _metrics: None)
+    output, settings = open_place(str(tmp_path)), TrainSettings(max_bad_steps=4)
+    first = SkippedSteps(output, settings, context)
+    for step in (3, 8, 9, 10):
+        first.count = 0
+        first.record(step, [("clip",)])
+    again = SkippedSteps(output, settings, context, first_step=10)  # its checkpoint is older than step 11
+    assert (again.total, again.count) == (3, 2)
+    assert [record["step"] for record in json.loads((tmp_path / "skipped-steps.json").read_text())] == [4, 9, 10]
+    assert SkippedSteps(output, settings, context, first_step=11).count == 0
+
+
+def test_a_model_that_could_not_be_published_is_all_that_is_left_to_do(
+    tmp_path: Path, pretraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(Place, "upload", fail_with(StorageError("the bucket is gone"), "model"))
+        with pytest.raises(StorageError, match="gone"):
+            pretraining.run(tmp_path, checkpoint_every_steps=4)
+    assert not (tmp_path / "model").exists()
+    reports: list[tuple[int, dict[str, float]]] = []
+    record = lambda step, metrics: reports.append((step, metrics))  # noqa: E731
+    assert pretraining.run(tmp_path, record, checkpoint_every_steps=4) == pytest.approx([reports[0][1]["train/loss"]])
+    ((step, metrics),) = reports
+    assert step == metrics["step"] == 10  # no step was done again, and the last report is still what it was
+    assert [record["step"] for record in read_metrics(open_place(str(tmp_path)))] == list(range(1, 11))
+    assert load_model(tmp_path / "model").config.width == 32
+
+
+def fail_with(error: Exception, name: str) -> Callable[..., None]:
+    """A method of Place that fails for places of a name and does nothing for others."""
+
+    def fails(place: Place, *_: object) -> None:
+        if place.name == name:
+            raise error
+
+    return fails
+
+
+@pytest.mark.parametrize("name", ["model", "skipped-steps.json", "metrics.jsonl"])
+def test_whatever_a_run_reads_and_writes_is_tried_again(
+    tmp_path: Path, pretraining, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = {"steps": 4, "poisoned_step": 1, "checkpoint_every_steps": 2}
+    with pytest.raises(Interrupted):
+        pretraining.run(tmp_path, interrupt_at(3), **settings)
+    failed: set[str] = set()
+
+    def once(method: str) -> Callable[..., Any]:
+        original = getattr(Place, method)
+
+        def fails_once(place: Place, *arguments: Any) -> Any:
+            if place.name == name and method not in failed:
+                failed.add(method)
+                error = StorageError("503 slow down")
+                error.passing = True
+                raise error
+            return original(place, *arguments)
+
+        return fails_once
+
+    for method in ("upload", "read_bytes", "write_bytes"):
+        monkeypatch.setattr(Place, method, once(method))
+    pretraining.run(tmp_path, **settings)
+    assert failed == {"upload"} if name == "model" else failed >= {"read_bytes"}
+    assert (tmp_path / "model").exists()
+
+
+def test_a_run_that_fails_closes_what_it_opened(tmp_path: Path, synthetic_batches) -> None:
+    closed: list[bool] = []
+
+    class Closes(synthetic_batches):
+        def training(self, first_step: int) -> Iterator[MicroBatch]:
+            try:
+                yield from super().training(first_step)
+            finally:
+                closed.append(True)
+
+    class Recorder:
+        def write(self, record: dict[str, Any]) -> None: ...
+
+        def flush(self) -> None: ...
+
+        def close(self, complete: bool = True) -> None:
+            closed.append(complete)
+            raise OSError("the server is away too")
+
+    settings = TrainSettings(steps=5, warmup_steps=0, global_batch_size=4, micro_batch_size=4, log_every_steps=1)
+    context = single_process_context(interrupt_at(2))
+    place = open_place(str(tmp_path))
+    with pytest.raises(Interrupted) as caught:
+        run_training(Regression(), Closes(4, 4), settings, context, place, build_loggers=lambda _step: [Recorder()])
+    assert closed == [False, True]  # though the exception, and with it the run's frame, is still here
+    del caught
+    deadline = time.monotonic() + 10
+    while any(thread.name == THREAD_NAME for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the look at storage goes on"
+        time.sleep(0.05)
