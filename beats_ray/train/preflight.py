@@ -1,8 +1,8 @@
-"""Before a run: what it will compute, hold and write, from its config and the data set's manifest alone.
+"""Before a run: what it will compute, hold and write, from its config and the data set's manifest.
 
     beats-ray pretrain CONFIG.yaml --dry-run
 
-Neither a GPU nor a cluster is needed. Parameters are counted on the module itself, built without memory on PyTorch's
+Neither a GPU nor a cluster is needed, and no audio is read. Parameters are counted on the module itself, built without memory on PyTorch's
 `meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
 """
 
