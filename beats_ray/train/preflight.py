@@ -2,8 +2,8 @@
 
     beats-ray pretrain CONFIG.yaml --dry-run
 
-Neither a GPU nor a cluster is needed, and no audio is read. Parameters are counted on the module itself, built without memory on PyTorch's
-`meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
+Neither a GPU nor a cluster is needed, and no audio is read. Parameters are counted on the module itself, built without
+memory on PyTorch's `meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
 """
 
 from collections.abc import Mapping

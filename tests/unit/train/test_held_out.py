@@ -118,7 +118,7 @@ def test_the_record_of_a_run_says_what_each_part_was() -> None:
         (
             COMMANDS,
             ["data.splits=[validation,test]"],
-            "data.splits=['validation', 'test'] leaves no clip to train on beside folds.test_split=test and folds.valid",
+            "data.splits=['validation', 'test'] leaves no clip to train on beside folds.test_split=test and folds.",
         ),
         (
             [(1, "train"), (2, "train"), (3, "val")],
