@@ -15,6 +15,7 @@ from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_mic
 from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
+from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
 from beats_ray.data.shards import check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, open_place, write_table
@@ -23,6 +24,7 @@ from beats_ray.data.stream import (
     build_stream,
     example_spec,
     execution_options,
+    leave_cpus,
     open_reader,
     read_windows,
     rounds_of_a_block,
@@ -485,7 +487,7 @@ def test_cached_clips_give_the_batches_of_the_stream_bit_for_bit(
     def read(cache: Any, rank: int) -> list[MicroBatch]:
         cached = cache.batches(
             seed=4,
-            folds=folds,
+            part=ClipPart(folds=folds),
             global_batch_size=12,
             micro_batch_size=3,
             start_step=1,
@@ -552,7 +554,7 @@ def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
         batch
         for rank in range(2)
         for batch in materialize_clips(dataset, manifest, SETTINGS).eval_batches(
-            folds=(2,), micro_batch_size=4, rank=rank, world_size=2
+            part=ClipPart(folds=(2,)), micro_batch_size=4, rank=rank, world_size=2
         )
     ]
 
@@ -577,6 +579,19 @@ def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
 
 
 @pytest.mark.ray
+def test_a_stream_that_may_have_to_wait_leaves_cpus_to_another(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    import ray
+
+    stream = build_eval_stream(dataset, read_manifest(dataset), SETTINGS, 4)
+    before = stream.context.execution_options.resource_limits
+    for taken, left, expected in ((0.5, 1.25, ray.cluster_resources()["CPU"] - 1.75), (90.0, 1.0, 1.5)):
+        leave_cpus(stream, SETTINGS, taken, to_leave=left)
+        limits = stream.context.execution_options.resource_limits
+        assert limits.cpu == pytest.approx(expected)  # never less than one stream needs
+        assert limits.object_store_memory == before.object_store_memory
+
+
+@pytest.mark.ray
 def test_a_cache_that_would_not_fit_or_lacks_the_fold_says_so(cluster: EmbeddedObjectStore, dataset: Place) -> None:
     from beats_ray.data.cache import materialize_clips
 
@@ -585,7 +600,7 @@ def test_a_cache_that_would_not_fit_or_lacks_the_fold_says_so(cluster: EmbeddedO
         materialize_clips(dataset, manifest, SETTINGS, limit_mib=1)
     cache = materialize_clips(dataset, manifest, SETTINGS.model_copy(update={"folds": (1,)}))
     with pytest.raises(UserError, match=r"data.folds=\[1\].*: the cached clips lack row group 1 of 00000.parquet"):
-        next(cache.eval_batches(folds=(2,), micro_batch_size=4))
+        next(cache.eval_batches(part=ClipPart(folds=(2,)), micro_batch_size=4))
 
 
 @pytest.mark.ray

@@ -174,6 +174,12 @@ def test_parameters_of_tokenizer_training_are_those_of_the_module(places: Places
     assert codebook < plan.checkpoint_bytes - 12 * trained(module) < 1.1 * codebook
 
 
+def test_clips_that_a_draw_keeps_apart_are_not_counted_as_trained_on(places: Places) -> None:
+    given = [f"encoder={places.encoder}", *SMALL, "folds.validation_fraction=0.25"]
+    plan, _ = plan_of("finetune", FinetuneConfig, places, *given)
+    assert plan.clips_per_epoch == 27  # of the 36 of folds 2, 3 and 4
+
+
 def test_fine_tuning_trains_on_the_folds_that_are_left_and_reads_all(places: Places) -> None:
     plan, config = plan_of("finetune", FinetuneConfig, places, f"encoder={places.encoder}", *SMALL)
     assert plan.clips_per_epoch == CLIPS_OF_FOLD[3] + CLIPS_OF_FOLD[4]
@@ -268,9 +274,17 @@ def test_beside_wrong_settings_the_places_are_looked_at(capsys: pytest.CaptureFi
         ("pretrain", ["output=TAKEN"], "belongs to a run of another config: train.steps is 3 there"),
         ("train-tokenizer", ["tokenizer.teacher_layer=3"], "the teacher has 2 layers; use at most 2"),
         ("finetune", ["data.path=UNLABELLED"], "has no labels to fine-tune on"),
-        ("finetune", ["data.folds=[1, 3]"], "folds.validation_fold=2 is not among data.folds=[1, 3]"),
+        (
+            "finetune",
+            ["data.folds=[1, 3]", "folds.validation_fold=2"],
+            "folds.validation_fold=2 is not among data.folds",
+        ),
         ("pretrain", ["predictor.num_layers=0"], "predictor.num_layers=0: input should be greater than 0"),
-        ("finetune", ["data.folds=[1, 2]"], "data.folds=[1, 2] leaves no fold to train on"),
+        (
+            "finetune",
+            ["data.folds=[1, 2]", "folds.validation_fold=2"],
+            "leaves no clip to train on beside folds.test_fold=1",
+        ),
         ("pretrain", ["train.loggers=[mlflow]"], "train.loggers=['mlflow']: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:20],
