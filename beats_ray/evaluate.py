@@ -173,7 +173,7 @@ def _score(
         "average": config.average,
         "window_seconds": config.window_seconds,
         "hop_seconds": config.hop_seconds or config.window_seconds,
-        "trained_on": overlap,
+        "known_clips": overlap,
         **figures,
     }
     console.note(describe_figures(figures))

@@ -1,0 +1,147 @@
+"""Cross-validation and evaluation of classifiers on a real cluster: real fine-tuning runs, resumed, ensembled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tones import write_tones
+
+from beats_ray.config import CrossValidateConfig, EvaluateConfig, UserError, load_config
+from beats_ray.console import Console
+from beats_ray.cross_validate import run_cross_validate
+from beats_ray.data.storage import Place, open_place, read_table
+from beats_ray.evaluate import probabilities_of, run_evaluate
+from beats_ray.inference import load_published, pad_clips
+from beats_ray.models import BeatsEncoder, encoder_config, save_model
+from beats_ray.objectstore import EmbeddedObjectStore
+
+pytestmark = pytest.mark.ray
+
+SMALL = {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}
+OVERRIDES = [
+    "data.clip_seconds=1",
+    "finetune.augment.mixup=0",
+    "finetune.layer_drop=0",
+    "finetune.train.steps=8",
+    "finetune.train.warmup_steps=1",
+    "finetune.train.learning_rate=2e-3",
+    "finetune.train.layer_decay=1",
+    "finetune.train.global_batch_size=4",
+    "finetune.train.micro_batch_size=4",
+    "finetune.train.loggers=[]",
+]
+
+
+class Notes(Console):
+    """A console whose notes can be read afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def work(cluster: EmbeddedObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two encoders, two data sets with the same labels in another order, and a cross-validation of one of them."""
+    folder = tmp_path_factory.mktemp("folds")
+    write_tones(folder / "data")
+    write_tones(folder / "other", folds=2, clips=3, names=("high", "low", "middle"), seconds=2.5)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_model(BeatsEncoder(encoder_config("tiny", **SMALL)), folder / f"encoder-{seed}")
+    run_cross_validate(settings(folder), Console())
+    return folder
+
+
+def settings(folder: Path, **changes: Any) -> CrossValidateConfig:
+    encoders = {f"e{seed}": str(folder / f"encoder-{seed}") for seed in (0, 1)}
+    fields: dict[str, Any] = {"encoders": encoders, "output": str(folder / "cv"), **changes}
+    return load_config(CrossValidateConfig, None, [f"data.path={folder / 'data'}", *OVERRIDES], **fields)
+
+
+def read_json(place: Path) -> Any:
+    return json.loads(place.read_text())
+
+
+def test_every_clip_is_judged_once_by_a_model_that_did_not_train_on_its_fold(work: Path) -> None:
+    summary = read_json(work / "cv" / "cross_validation.json")
+    assert len(summary["runs"]) == 6
+    for name in ("e0", "e1"):
+        rows = read_table(open_place(str(work / "cv" / name / "seed-0" / "predictions.parquet"))).to_pylist()
+        assert sorted(row["clip_id"] for row in rows) == sorted(f"{f}-{n}" for f in (1, 2, 3) for n in range(6))
+        for fold in (1, 2, 3):
+            place = work / "cv" / name / "seed-0" / f"fold-{fold}"
+            trained_on = read_json(place / "model" / "config.json")["extra"]["data"]
+            assert trained_on["training"]["folds"] == [other for other in (1, 2, 3) if other != fold]
+            assert trained_on["validation"] is None
+            last = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()][-1]
+            judged = read_json(place / "evaluation.json")
+            assert judged["accuracy"] == pytest.approx(last["test/accuracy"])  # of the loop, on the same weights
+        right = [np.argmax(row["probabilities"]) == ["low", "middle", "high"].index(row["labels"][0]) for row in rows]
+        assert summary["encoders"][name]["accuracy"] == pytest.approx(np.mean(right))
+    difference = summary["encoders"]["e1"]["accuracy"] - summary["encoders"]["e0"]["accuracy"]
+    assert summary["comparisons"][0]["difference"] == pytest.approx(difference)
+
+
+def test_only_what_is_missing_runs_again_and_gives_the_same(work: Path) -> None:
+    places = [work / "cv" / name / "seed-0" / f"fold-{fold}" for name in ("e0", "e1") for fold in (1, 2, 3)]
+    before = {place: (place / "model" / "model.safetensors").stat().st_mtime_ns for place in places}
+    whole = (work / "cv" / "cross_validation.json").read_bytes()
+    open_place(str(places[1])).delete()  # one run as if it had never begun, one killed before it was judged
+    (places[2] / "evaluation.json").unlink()
+    run_cross_validate(settings(work), Console())
+    assert (work / "cv" / "cross_validation.json").read_bytes() == whole
+    changed = [place for place in places if (place / "model" / "model.safetensors").stat().st_mtime_ns != before[place]]
+    assert changed == [places[1]]
+
+
+def test_other_settings_in_the_same_folder_are_the_users_mistake(work: Path) -> None:
+    changed = settings(work, finetune={"label_smoothing": 0.3})
+    with pytest.raises(UserError, match=r"belongs to a run of another config.*label_smoothing"):
+        run_cross_validate(changed, Console())
+
+
+def logits_of(model: Place, dataset: Place) -> dict[str, np.ndarray]:
+    """Each clip's logits, alone and whole, by name of the class."""
+    from beats_ray.data.flac import decode_flac
+
+    module = load_published(model)
+    names, found = module.class_names, {}
+    for row in read_table(dataset / "shards" / "00000.parquet").to_pylist():
+        wave, lengths = pad_clips([decode_flac(row["audio"], row["num_samples"]).tobytes()])
+        with torch.no_grad():
+            logits = module(*module.encoder.normalised_fbank(wave, lengths))[0].double().numpy()
+        found[row["clip_id"]] = dict(zip(names, logits, strict=True))
+    return found
+
+
+def test_an_ensemble_is_judged_by_its_mean_logits_on_several_data_sets_by_name(work: Path) -> None:
+    models = [work / "cv" / "e0" / "seed-0" / f"fold-{fold}" / "model" for fold in (1, 2)]
+    config = load_config(
+        EvaluateConfig, None,
+        [f"data.path={work / 'data'}", "data.folds=[1]", f"also=[{work / 'other'}]", "num_workers=1"],
+        output=str(work / "judged"), models=[str(model) for model in models],
+    )  # fmt: skip
+    console = Notes()
+    run_evaluate(config, console)
+    warnings = [note for note in console.notes if note.startswith("warning")]
+    assert len(warnings) == 1  # fold 1 is the first model's test fold, and among the second's training folds
+    assert "6 of its training clips" in warnings[0]
+    assert "fold-2/model" in warnings[0]
+    summary = read_json(work / "judged" / "evaluation.json")["results"]
+    assert (summary["data"]["clips"], summary["other"]["clips"]) == (6, 6)
+    assert summary["data"]["known_clips"]["training"] == 6
+    for name in ("data", "other"):
+        dataset = open_place(str(work / name))
+        members = [logits_of(open_place(str(model)), dataset) for model in models]
+        order = (dataset / "dataset.json").read_json()["label_names"]
+        for row in read_table(open_place(str(work / "judged" / name / "predictions.parquet"))).to_pylist():
+            mean = np.mean([[member[row["clip_id"]][label] for label in order] for member in members], axis=0)
+            expected = probabilities_of(mean[None], multi_label=False)[0]
+            np.testing.assert_allclose(row["probabilities"], expected, atol=1e-4)
