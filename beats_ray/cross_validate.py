@@ -55,6 +55,10 @@ class FoldRun:
     def name(self) -> str:
         return f"{self.encoder}, seed {self.seed}, fold {self.fold}"
 
+    def as_run(self, manifest: DatasetManifest, cache: Any) -> Run:
+        """What a training process gets."""
+        return Run("finetune", self.config, manifest, self.place, cache)
+
 
 def run_cross_validate(config: CrossValidateConfig, console: Console) -> Written:
     """Runs (or goes on with) every fold, and writes what they say together.
@@ -185,7 +189,7 @@ def _run_beside(
     while left or running:
         while left and len(running) < (most_at_once or len(waiting)):
             run = left.pop()
-            running[task.remote(Run("finetune", run.config, manifest, run.place, cache))] = run
+            running[task.remote(run.as_run(manifest, cache))] = run
         ended, _ = ray.wait(list(running), num_returns=1)
         ray.get(ended)  # raises what the run failed with
         yield running.pop(ended[0])
@@ -196,7 +200,7 @@ def _run_in_turn(waiting: list[FoldRun], manifest: DatasetManifest, cache: Any, 
     import ray
 
     for fold_run in waiting:
-        run = Run("finetune", fold_run.config, manifest, fold_run.place, cache)
+        run = fold_run.as_run(manifest, cache)
         fit_run(run, console)
         ray.get(ray.remote(judge_run).options(num_cpus=1, num_gpus=1 if run.train.use_gpu else 0).remote(run))
         yield fold_run
