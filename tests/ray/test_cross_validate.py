@@ -32,6 +32,7 @@ OVERRIDES = [
     "finetune.train.global_batch_size=4",
     "finetune.train.micro_batch_size=4",
     "finetune.train.loggers=[]",
+    "cross_validation.max_concurrent_runs=2",  # a third process would import what it needs for as long again
 ]
 
 
@@ -121,27 +122,43 @@ def logits_of(model: Place, dataset: Place) -> dict[str, np.ndarray]:
     return found
 
 
-def test_an_ensemble_is_judged_by_its_mean_logits_on_several_data_sets_by_name(work: Path) -> None:
-    models = [work / "cv" / "e0" / "seed-0" / f"fold-{fold}" / "model" for fold in (1, 2)]
+def fold_model(work: Path, fold: int) -> Path:
+    return work / "cv" / "e0" / "seed-0" / f"fold-{fold}" / "model"
+
+
+def test_an_ensemble_is_judged_by_its_mean_logits_and_classes_are_matched_by_name(work: Path) -> None:
+    models = [str(fold_model(work, fold)) for fold in (1, 2)]
+    overrides = [f"data.path={work / 'other'}", "num_workers=1"]
+    config = load_config(EvaluateConfig, None, overrides, output=str(work / "ensemble"), models=models)
+    run_evaluate(config, Console())
+    dataset = open_place(str(work / "other"))
+    order = (dataset / "dataset.json").read_json()["label_names"]
+    assert order != load_published(open_place(models[0])).class_names
+    members = [logits_of(open_place(model), dataset) for model in models]
+    rows = read_table(open_place(str(work / "ensemble" / "predictions.parquet"))).to_pylist()
+    assert len(rows) == 6
+    for row in rows:
+        mean = np.mean([[member[row["clip_id"]][label] for label in order] for member in members], axis=0)
+        expected = probabilities_of(mean[None], multi_label=False)[0]
+        np.testing.assert_allclose(row["probabilities"], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_several_data_sets_have_a_result_each_and_known_clips_are_warned_of(work: Path) -> None:
+    overrides = [f"data.path={work / 'data'}", "data.folds=[1]", f"also=[{work / 'other'}]", "num_workers=1"]
     config = load_config(
-        EvaluateConfig, None,
-        [f"data.path={work / 'data'}", "data.folds=[1]", f"also=[{work / 'other'}]", "num_workers=1"],
-        output=str(work / "judged"), models=[str(model) for model in models],
+        EvaluateConfig, None, overrides, output=str(work / "judged"), model=str(fold_model(work, 2)),
+        window_seconds=1.0, hop_seconds=0.5,
     )  # fmt: skip
     console = Notes()
     run_evaluate(config, console)
     warnings = [note for note in console.notes if note.startswith("warning")]
-    assert len(warnings) == 1  # fold 1 is the first model's test fold, and among the second's training folds
+    assert len(warnings) == 1  # the model of test fold 2 was trained on fold 1
     assert "6 of its training clips" in warnings[0]
-    assert "fold-2/model" in warnings[0]
-    summary = read_json(work / "judged" / "evaluation.json")["results"]
-    assert (summary["data"]["clips"], summary["other"]["clips"]) == (6, 6)
-    assert summary["data"]["known_clips"]["training"] == 6
+    assert "choose data.folds=[2]" in warnings[0]
+    results = read_json(work / "judged" / "evaluation.json")["results"]
     for name in ("data", "other"):
-        dataset = open_place(str(work / name))
-        members = [logits_of(open_place(str(model)), dataset) for model in models]
-        order = (dataset / "dataset.json").read_json()["label_names"]
-        for row in read_table(open_place(str(work / "judged" / name / "predictions.parquet"))).to_pylist():
-            mean = np.mean([[member[row["clip_id"]][label] for label in order] for member in members], axis=0)
-            expected = probabilities_of(mean[None], multi_label=False)[0]
-            np.testing.assert_allclose(row["probabilities"], expected, atol=1e-4)
+        assert read_json(work / "judged" / name / "evaluation.json") == results[name]
+        assert results[name]["clips"] == 6
+    assert results["data"]["known_clips"]["training"] == 6
+    assert results["other"]["known_clips"]["training"] == 0
