@@ -60,10 +60,10 @@ def work(cluster: EmbeddedObjectStore, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def settings(folder: Path, **changes: Any) -> CrossValidateConfig:
+def settings(folder: Path, *overrides: str, **changes: Any) -> CrossValidateConfig:
     encoders = {f"e{seed}": str(folder / f"encoder-{seed}") for seed in (0, 1)}
     fields: dict[str, Any] = {"encoders": encoders, "output": str(folder / "cv"), **changes}
-    return load_config(CrossValidateConfig, None, [f"data.path={folder / 'data'}", *OVERRIDES], **fields)
+    return load_config(CrossValidateConfig, None, [f"data.path={folder / 'data'}", *OVERRIDES, *overrides], **fields)
 
 
 def read_json(place: Path) -> Any:
@@ -103,7 +103,7 @@ def test_only_what_is_missing_runs_again_and_gives_the_same(work: Path) -> None:
 
 
 def test_other_settings_in_the_same_folder_are_the_users_mistake(work: Path) -> None:
-    changed = settings(work, finetune={"label_smoothing": 0.3})
+    changed = settings(work, "finetune.label_smoothing=0.3")
     with pytest.raises(UserError, match=r"belongs to a run of another config.*label_smoothing"):
         run_cross_validate(changed, Console())
 
@@ -162,3 +162,30 @@ def test_several_data_sets_have_a_result_each_and_known_clips_are_warned_of(work
         assert results[name]["clips"] == 6
     assert results["data"]["known_clips"]["training"] == 6
     assert results["other"]["known_clips"]["training"] == 0
+
+
+@pytest.mark.slow
+def test_runs_of_two_workers_are_ordinary_runs_and_a_learning_rate_is_chosen_by_the_inner_fold(work: Path) -> None:
+    config = settings(
+        work,
+        "finetune.train.num_workers=2",
+        "finetune.train.micro_batch_size=2",
+        "cross_validation.folds=[3]",
+        "cross_validation.selection=inner",
+        "cross_validation.learning_rates=[1e-9, 2e-3]",
+        encoders=None,
+        encoder=str(work / "encoder-0"),
+        output=str(work / "two"),
+    )
+    run_cross_validate(config, Console())
+    summary = read_json(work / "two" / "cross_validation.json")
+    slow, fast = summary["runs"]
+    assert (slow["learning_rate"], fast["learning_rate"]) == (1e-9, 2e-3)
+    assert fast["chosen"] == (fast["validation_accuracy"] > slow["validation_accuracy"])
+    assert fast["chosen"] != slow["chosen"]
+    for run in (slow, fast):
+        trained_on = read_json(Path(run["model"]) / "config.json")["extra"]["data"]
+        parts = [trained_on[part]["folds"] for part in ("training", "validation", "test")]
+        assert parts == [[2], [1], [3]]
+        last = [json.loads(line) for line in (Path(run["model"]).parent / "metrics.jsonl").read_text().splitlines()][-1]
+        assert run["accuracy"] == pytest.approx(last["test/accuracy"])
