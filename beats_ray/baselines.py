@@ -137,7 +137,7 @@ def run_baselines(
 
     Returns {"random_forest_mfcc": ..., "mean_log_mel": ...}, each a description and the fields of a `ProbeResult`.
     """
-    from beats_ray.evaluate import collect_clips
+    from beats_ray.clip_table import collect_clips
     from beats_ray.probe import cross_validate, probe_accuracy
 
     clips = collect_clips(

@@ -77,6 +77,12 @@ COMMANDS = {
         "Search fine-tuning settings with Ray Tune.",
         ("data.path", "encoder"),
     ),
+    "cross-validate": Command(
+        config.CrossValidateConfig,
+        "cross_validate:run_cross_validate",
+        "Fine-tune on every fold but one, in turn, and compare encoders.",
+        ("data.path", "encoder|encoders"),
+    ),
     "iterate": Command(
         config.IterateConfig,
         "iterate:run_iterate",
@@ -86,8 +92,8 @@ COMMANDS = {
     "evaluate": Command(
         config.EvaluateConfig,
         "evaluate:run_evaluate",
-        "Evaluate a published encoder or classifier.",
-        ("data.path", "model"),
+        "Evaluate an encoder, a classifier or an ensemble.",
+        ("data.path", "model|models"),
     ),
 }
 
@@ -357,8 +363,12 @@ def _check_place(settings: Job, need: str) -> None:
             from beats_ray.data.storage import open_place
 
             read_manifest(open_place(value))
-        elif value:
-            _require_exists(name, value)
+        elif isinstance(value, str):
+            if value:
+                _require_exists(name, value)
+        else:  # several, in a list or by names
+            for key, path in value.items() if isinstance(value, dict) else enumerate(value):
+                _require_exists(f"{name}.{key}", path)
 
 
 def _require_exists(name: str, path: str) -> Any:

@@ -1,9 +1,9 @@
 """Typed configuration: frozen pydantic models, YAML files and `section.field=value` overrides.
 
 One job, one config class: `PrepareConfig`, `PretrainConfig`, `DistillConfig`, `TokenizeConfig`, `FinetuneConfig`,
-`SweepConfig`, `EvaluateConfig`, `IterateConfig`. The classes share their sections, so `train.steps` means the same
-thing everywhere. `load_config` is the one way in; it turns every mistake into a `ConfigError` of one line that names
-the field, the value, the rule and the remedy.
+`SweepConfig`, `EvaluateConfig`, `CrossValidateConfig`, `IterateConfig`. The classes share their sections, so
+`train.steps` means the same thing everywhere. `load_config` is the one way in; it turns every mistake into a
+`ConfigError` of one line that names the field, the value, the rule and the remedy.
 
     config = load_config(PretrainConfig, "jobs/pretrain.yaml", ["train.steps=1000", "encoder.preset=tiny"])
 
@@ -608,11 +608,114 @@ class SweepConfig(TrainingJob):
     sweep: SweepSettings = SweepSettings()
 
 
+class EvaluatedData(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """Prepared data set: the folder that holds `dataset.json`."""
+    folds: tuple[int, ...] = ()
+    """Folds to judge; empty means all."""
+    splits: tuple[str, ...] = ()
+    """Splits to judge; empty means all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_path(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str) else values
+
+
 class EvaluateConfig(Job, InferenceSettings):
     data: StreamSettings = StreamSettings()
+    also: tuple[EvaluatedData, ...] = ()
+    """Further data sets that the same job judges, each with a result of its own: paths, or {path, folds, splits}."""
     model: str = ""
     """Published model: a frozen linear probe over the folds judges an encoder, its predictions a classifier."""
+    models: tuple[str, ...] = ()
+    """Published classifiers that are judged as one, instead of `model`. Paper: ten models, 50.6 mAP on AudioSet-2M."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What is averaged over the `models` and over the windows of a clip. A mean of logits is what the classifier itself
+    takes over the patches of a clip, and a model that is sure counts for more. Paper: not stated."""
+    window_seconds: Annotated[float, Field(ge=0.25)] | None = None
+    """Clips that are longer are heard in windows of this length, seconds; a clip is heard whole where not set."""
+    hop_seconds: PositiveFloat | None = None
+    """From the start of one window to that of the next, seconds; default window_seconds."""
+    class_table: str = ""
+    """AudioSet's class_labels_indices.csv, for classifiers that name their classes by its ids (`/m/09x0r`)."""
     probe: ProbeSettings = ProbeSettings()
+
+    @model_validator(mode="after")
+    def _one_way_to_name_models(self) -> Self:
+        if self.model and self.models:
+            raise ValueError(f"models={list(self.models)} and model={self.model} are both set; set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        if self.hop_seconds is None:
+            return self
+        if self.window_seconds is None:
+            raise ValueError(f"hop_seconds={self.hop_seconds:g} needs window_seconds; set both, or neither")
+        if self.hop_seconds > self.window_seconds:
+            raise ValueError(
+                f"hop_seconds={self.hop_seconds:g} leaves out sound between windows of {self.window_seconds:g} s; use "
+                f"at most {self.window_seconds:g}"
+            )
+        return self
+
+    @property
+    def judged_models(self) -> tuple[str, ...]:
+        """The models that are judged together: one, or an ensemble."""
+        return self.models or (self.model,)
+
+
+class CrossValidationSettings(Section):
+    folds: tuple[int, ...] = ()
+    """Folds that take their turn as the test fold; empty means each fold of the data set. Paper, ESC-50: 1 to 5."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds: each is a fine-tuning run of every fold, in place of `finetune.train.seed`."""
+    selection: Literal["none", "inner"] = "none"
+    """`none` trains on all folds but the test fold and takes the last weights. `inner` keeps the next fold in the cycle
+    for validation; its accuracy chooses the learning rate among `learning_rates`."""
+    learning_rates: tuple[PositiveFloat, ...] = ()
+    """selection=inner: peak learning rates that each fold chooses from by its validation fold; empty means
+    `finetune.train.learning_rate` alone."""
+    max_concurrent_runs: PositiveInt | None = None
+    """Most runs at one time; as many as the cluster has room for where not set."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        for name in ("folds", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} names one twice; list each once")
+        if not self.seeds:
+            raise ValueError("seeds=[] is empty; give at least one, as in seeds=[0]")
+        if self.learning_rates and self.selection == "none":
+            raise ValueError(
+                f"learning_rates={list(self.learning_rates)} need a validation fold to choose by; use selection=inner"
+            )
+        return self
+
+
+class CrossValidateConfig(TrainingJob):
+    encoder: str = ""
+    """Published encoder that every run starts from."""
+    encoders: dict[str, str] = {}
+    """Several encoders, by names of your own, instead of `encoder`; the others are compared with the first."""
+    finetune: FinetuneSettings = FinetuneSettings()
+    cross_validation: CrossValidationSettings = CrossValidationSettings()
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> Self:
+        if self.encoder and self.encoders:
+            raise ValueError(f"encoders={list(self.encoders)} and encoder={self.encoder} are both set; set one of them")
+        for name in self.encoders:
+            if not name or set(name) & set("/\\ ") or name.startswith("."):
+                raise ValueError(f"encoders: {name!r} is to be a folder's name; use letters, digits and hyphens")
+        return self
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """The encoders by name; a single one is called `encoder`."""
+        return self.encoders or {"encoder": self.encoder}
 
 
 class EmbedConfig(Job, InferenceSettings):

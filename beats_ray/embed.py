@@ -92,7 +92,7 @@ class Embeddings:
         self._dtype = np.dtype(dtype)
 
     def __call__(self, wave_BS: Any, num_samples_B: Any) -> dict[str, Any]:
-        from beats_ray.evaluate import mean_over_patches
+        from beats_ray.clip_table import mean_over_patches
 
         output = self._encoder.features_from_waveform(wave_BS, num_samples_B, layer=self._layer)
         lengths = {"num_samples": num_samples_B.cpu().numpy().astype(np.int32)}

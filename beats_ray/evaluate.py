@@ -1,7 +1,13 @@
-"""`beats-ray evaluate`: how good a published model is, on a prepared data set.
+"""`beats-ray evaluate`: how good published models are, on prepared data sets.
 
 An encoder is judged frozen: a linear classifier on its mean-pooled patch features (padding left out), by k-fold over
-the data set's folds. A classifier is judged by its own predictions on `data.folds` (all where none is named).
+the data set's folds. A classifier, or several as an ensemble, is judged by its own predictions on `data.folds` and
+`data.splits` (all where none is named); its classes are matched with the data set's labels by name.
+
+    OUTPUT/evaluation.json      and the files of `judgement.py` for a classifier
+    OUTPUT/NAME/...             the same for each of several data sets, with all their figures in OUTPUT/evaluation.json
+
+Clips are heard whole, or by windows (`windows.py`).
 """
 
 from collections.abc import Callable
@@ -9,180 +15,262 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from beats_ray.config import EvaluateConfig, UserError
+from beats_ray.clip_table import ClipTable, PooledFeatures, collect_clips
+from beats_ray.config import EvaluateConfig, EvaluatedData, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import ClipWorker, check_published, map_clips, row_group_spans
-from beats_ray.models import AudioClassifier, BeatsEncoder
-from beats_ray.probe import LabelledClips, binomial_error, probe_accuracy
+from beats_ray.inference import ClipWorker, check_published, row_group_spans
+from beats_ray.judgement import RESULT_FILE, Predictions, judge, write_judgement
+from beats_ray.label_order import ClassOrder, match_classes, read_class_names, translate_ids
+from beats_ray.models import AudioClassifier
+from beats_ray.probe import probe_accuracy
+from beats_ray.train.provenance import count_overlap
+from beats_ray.windows import ByWindows
 
-RESULT_FILE = "evaluation.json"
+Written = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class ClipTable:
-    """Columns of a `ClipWorker`, one row per clip in the data set's order; `labels` holds each clip's label ids."""
+class JudgedModel:
+    """A published model of the job, described without its weights."""
 
-    clip_ids: list[str]
-    columns: dict[str, np.ndarray]
-    labels: list[list[int]]
-    folds: np.ndarray
+    place: Place
+    description: dict[str, Any]
+    class_names: list[str] | None = None
+    """Of a classifier, where it tells them."""
 
-    def labelled(self, name: str) -> LabelledClips:
-        """One column with the single label of each clip; clips without a label are left out. UserError for several."""
-        kept = [index for index, labels in enumerate(self.labels) if labels]
-        many = next((index for index in kept if len(self.labels[index]) > 1), None)
-        if many is not None:
+    @property
+    def kind(self) -> str:
+        return str(self.description["kind"])
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Settings of a classifier's head."""
+        return dict(self.description["config"]["classifier"])
+
+
+@dataclass(frozen=True)
+class JudgedData:
+    """A data set of the job, and what is judged of it."""
+
+    place: Place
+    manifest: DatasetManifest
+    folds: tuple[int, ...]
+    splits: tuple[str, ...]
+    orders: tuple[ClassOrder, ...]
+    """For each classifier, which of its classes is which label."""
+    output: Place
+
+
+def run_evaluate(config: EvaluateConfig, console: Console) -> Written:
+    """Judges the models on every data set and returns what was written and where.
+
+    UserError, before anything runs, for models or data sets that cannot be judged.
+    """
+    models = _open_models(config)
+    judged = _open_data(config, models)
+    results: dict[str, Any] = {}
+    written: Written = []
+    for data in judged:
+        if len(judged) > 1:
+            console.stage(f"evaluate on {data.place.uri}")
+        probes = models[0].kind == "encoder"
+        result, files = _probe(config, models[0], data, console) if probes else _score(config, models, data, console)
+        results[data.output.name], written = result, written + files
+    if len(judged) > 1:
+        summary = open_place(config.output) / RESULT_FILE
+        summary.write_json({"models": [model.place.uri for model in models], "results": results})
+        written.append(("evaluation", summary.uri))
+    return written
+
+
+def _open_models(config: EvaluateConfig) -> list[JudgedModel]:
+    kinds = ("classifier",) if config.models else ("encoder", "classifier")
+    field = "models" if config.models else "model"
+    models = []
+    for uri in config.judged_models:
+        place = open_place(uri)
+        description = check_published(place, field, kinds)
+        names = read_class_names(place) if description["kind"] == "classifier" else None
+        if names is not None and config.class_table:
+            names = translate_ids(names, open_place(config.class_table))
+        models.append(JudgedModel(place, description, names))
+    for model in models[1:]:
+        if model.head["multi_label"] != models[0].head["multi_label"]:
             raise UserError(
-                f"clip {self.clip_ids[many]!r} has {len(self.labels[many])} labels; the frozen probe and the baselines "
-                "take one label a clip: fine-tune and evaluate the classifier instead"
+                f"models: {models[0].place.uri} and {model.place.uri} differ in multi_label: one gives each class a "
+                "probability of its own, the other all classes one; average classifiers of one kind"
             )
-        return LabelledClips(
-            [self.clip_ids[index] for index in kept],
-            self.columns[name][kept].astype(np.float64),
-            np.array([self.labels[index][0] for index in kept], dtype=np.int64),
-            self.folds[kept],
+    return models
+
+
+def _open_data(config: EvaluateConfig, models: list[JudgedModel]) -> list[JudgedData]:
+    first = EvaluatedData(path=config.data.path, folds=config.data.folds, splits=config.data.splits)
+    chosen = (first, *config.also)
+    output, judged, names = open_place(config.output), [], set()
+    for number, data in enumerate(chosen, 1):
+        place = open_place(data.path)
+        manifest = read_manifest(place)
+        orders = tuple(
+            match_classes(model.class_names, model.head["num_classes"], manifest.label_names, model.place.uri)
+            for model in models
+            if model.kind == "classifier"
         )
+        name = place.name if place.name not in names else f"{place.name}-{number}"
+        names.add(name)
+        folder = output / name if len(chosen) > 1 else output
+        judged.append(JudgedData(place, manifest, data.folds, data.splits, orders, folder))
+    return judged
 
 
-def run_evaluate(config: EvaluateConfig, console: Console) -> list[tuple[str, str]]:
-    """Judges `config.model`, writes OUTPUT/evaluation.json, and returns what was written and where."""
-    dataset, model, output = open_place(config.data.path), open_place(config.model), open_place(config.output)
-    manifest = read_manifest(dataset)
-    kind = check_published(model, "model", ("encoder", "classifier"))["kind"]
-    pool: dict[str, Any] = {
-        "model": model,
-        "folds": config.data.folds,
-        "splits": config.data.splits,
-        "batch_clips": config.batch_clips,
-        "num_workers": config.num_workers,
-        "use_gpu": config.use_gpu,
-        "retry_seconds": config.data.retry_seconds,
-        "console": console,
+def _probe(
+    config: EvaluateConfig, model: JudgedModel, data: JudgedData, console: Console
+) -> tuple[dict[str, Any], Written]:
+    clips = _collect(config, model, data, PooledFeatures, "features", console)
+    probe = probe_accuracy(clips.labelled("features"), config.probe.c)
+    console.note(
+        f"frozen linear probe {probe.accuracy:.3f} ± {probe.standard_error:.3f} "
+        f"({probe.clips} clips, {len(probe.fold_accuracies)} folds)"
+    )
+    result = {"kind": "encoder", "model": model.place.uri, "data": data.place.uri, **asdict(probe)}
+    (data.output / RESULT_FILE).write_json(result)
+    return result, [("evaluation", (data.output / RESULT_FILE).uri)]
+
+
+def _score(
+    config: EvaluateConfig, models: list[JudgedModel], data: JudgedData, console: Console
+) -> tuple[dict[str, Any], Written]:
+    """Predictions of one classifier, or of several as one, and what they are worth."""
+    overlap = _warn_of_known_clips(models, data, console)
+    worker = Logits if config.average == "logits" else Probabilities
+    total_NC, clips = np.zeros(0), None
+    for model, order in zip(models, data.orders, strict=True):
+        if order.note:
+            console.note(order.note)
+        clips = _collect(config, model, data, worker, "scores", console)
+        scores_NC = clips.columns["scores"][:, order.class_C].astype(np.float64)
+        total_NC = scores_NC if not total_NC.size else total_NC + scores_NC
+    assert clips is not None
+    mean_NC = total_NC / len(models)
+    if config.average == "logits":
+        mean_NC = probabilities_of(mean_NC, models[0].head["multi_label"])
+    manifest = data.manifest
+    predictions = Predictions(
+        clips.clip_ids, clips.folds, clips.labels, mean_NC, manifest.label_names, manifest.multi_label
+    )
+    figures = judge(predictions)
+    result = {
+        "kind": "classifier",
+        "model": models[0].place.uri,
+        "models": [model.place.uri for model in models],
+        "data": data.place.uri,
+        "folds": list(data.folds),
+        "splits": list(data.splits),
+        "average": config.average,
+        "window_seconds": config.window_seconds,
+        "hop_seconds": config.hop_seconds or config.window_seconds,
+        "known_clips": overlap,
+        **figures,
     }
-    if kind == "encoder":
-        clips = collect_clips(dataset, manifest, PooledFeatures, ("features",), **pool)
-        probe = probe_accuracy(clips.labelled("features"), config.probe.c)
-        result = asdict(probe)
-        console.note(
-            f"frozen linear probe {probe.accuracy:.3f} ± {probe.standard_error:.3f} "
-            f"({probe.clips} clips, {len(probe.fold_accuracies)} folds)"
-        )
-    else:
-        clips = collect_clips(dataset, manifest, Logits, ("logits",), **pool)
-        result = score_classifier(clips, manifest)
-        console.note(", ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
-    (output / RESULT_FILE).write_json({"kind": kind, "model": model.uri, "data": dataset.uri, **result})
-    return [("evaluation", (output / RESULT_FILE).uri)]
+    console.note(describe_figures(figures))
+    files = write_judgement(data.output, predictions, result)
+    return result, files
+
+
+def _warn_of_known_clips(models: list[JudgedModel], data: JudgedData, console: Console) -> dict[str, int]:
+    """Says which of the judged clips a model has been trained or selected on; the most of any model, by part."""
+    most: dict[str, int] = {}
+    total = sum(span.clips for span in row_group_spans(data.manifest, data.folds, data.splits))
+    for model in models:
+        record = (model.description.get("extra") or {}).get("data") or {}
+        counts = count_overlap(record, data.manifest, data.folds, data.splits)
+        most = {part: max(most.get(part, 0), count) for part, count in counts.items()}
+        known = [f"{counts[part]} of its {part} clips" for part in ("training", "validation") if counts[part]]
+        if known:
+            held_out = (record.get("test") or {}).get("folds")
+            remedy = f"choose data.folds={held_out}" if held_out else "choose clips that it has not seen"
+            console.note(
+                f"warning: among the {total} judged clips are {' and '.join(known)} of {model.place.uri}: the figures "
+                f"are too good; {remedy}"
+            )
+    return most
+
+
+def describe_figures(figures: dict[str, Any]) -> str:
+    """The macro figures of `judge` as one line, the main one with its standard error."""
+    parts = []
+    for name, error in (("accuracy", "standard_error"), ("macro_recall", "macro_recall_standard_error"),
+                        ("mean_average_precision", "mean_average_precision_standard_error")):  # fmt: skip
+        if figures.get(name) is not None:
+            spread = f" ± {figures[error]:.3f}" if figures.get(error) is not None else ""
+            parts.append(f"{name.replace('_', ' ')} {figures[name]:.3f}{spread}")
+    others = ("mean_roc_auc", "d_prime", "expected_calibration_error")
+    parts += [f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in others if figures.get(name) is not None]
+    return f"{', '.join(parts)} ({figures['clips']} clips)"
+
+
+def _collect(
+    config: EvaluateConfig,
+    model: JudgedModel,
+    data: JudgedData,
+    worker: Callable[..., ClipWorker],
+    column: str,
+    console: Console,
+) -> ClipTable:
+    """One column of a worker, which hears clips whole or by windows, as the config says."""
+    options: dict[str, Any] = {}
+    if config.window_seconds is not None:
+        window = round(config.window_seconds * SAMPLE_RATE_HZ)
+        hop = round((config.hop_seconds or config.window_seconds) * SAMPLE_RATE_HZ)
+        worker, options = ByWindows, {"worker": worker, "window_samples": window, "hop_samples": hop}
+    return collect_clips(
+        data.place,
+        data.manifest,
+        worker,
+        (column,),
+        folds=data.folds,
+        splits=data.splits,
+        console=console,
+        model=model.place,
+        worker_options=options,
+        batch_clips=config.batch_clips,
+        num_workers=config.num_workers,
+        use_gpu=config.use_gpu,
+        retry_seconds=config.data.retry_seconds,
+    )
 
 
 # --- what the actors do -----------------------------------------------------------------------------------------------
 
 
-class PooledFeatures:
-    """A `ClipWorker`: the mean of an encoder's features over each clip's real patches."""
-
-    def __init__(self, model: BeatsEncoder) -> None:
-        self._encoder = model
-
-    def __call__(self, wave_BS: Tensor, num_samples_B: Tensor) -> dict[str, Any]:
-        fbank_BTF, num_frames_B = self._encoder.normalised_fbank(wave_BS, num_samples_B)
-        output = self._encoder(fbank_BTF, num_frames_B)
-        return {"features": mean_over_patches(output.features_BND, output.is_pad_BN).cpu().numpy()}
-
-
 class Logits:
-    """A `ClipWorker`: the logits of a classifier."""
+    """A `ClipWorker`: the logits of a classifier, as `scores`."""
 
     def __init__(self, model: AudioClassifier) -> None:
         self._classifier = model
 
     def __call__(self, wave_BS: Tensor, num_samples_B: Tensor) -> dict[str, Any]:
-        logits_BC = self._classifier(*self._classifier.encoder.normalised_fbank(wave_BS, num_samples_B))
-        return {"logits": logits_BC.float().cpu().numpy()}
+        return {"scores": self._logits(wave_BS, num_samples_B).float().cpu().numpy()}
+
+    def _logits(self, wave_BS: Tensor, num_samples_B: Tensor) -> Tensor:
+        logits_BC: Tensor = self._classifier(*self._classifier.encoder.normalised_fbank(wave_BS, num_samples_B))
+        return logits_BC
 
 
-def mean_over_patches(features_BND: Tensor, is_pad_BN: Tensor) -> Tensor:
-    """The mean over each clip's real patches; zeros for a clip without any."""
-    is_real_BN1 = ~is_pad_BN.unsqueeze(-1)
-    total_BD = torch.where(is_real_BN1, features_BND.float(), 0.0).sum(1)
-    return total_BD / is_real_BN1.sum(1).clamp(min=1)
+class Probabilities(Logits):
+    """A `ClipWorker`: the probabilities of a classifier, as `scores`."""
+
+    def __call__(self, wave_BS: Tensor, num_samples_B: Tensor) -> dict[str, Any]:
+        logits_BC = self._logits(wave_BS, num_samples_B)
+        return {"scores": self._classifier.probabilities(logits_BC).cpu().numpy()}
 
 
-# --- on the driver ----------------------------------------------------------------------------------------------------
+def probabilities_of(logits_NC: np.ndarray, multi_label: bool) -> np.ndarray:
+    """float64 probabilities: a sigmoid of each logit where `multi_label`, a softmax over them otherwise."""
+    from scipy.special import expit, softmax
 
-
-def collect_clips(
-    dataset: Place,
-    manifest: DatasetManifest,
-    worker_class: Callable[..., ClipWorker],
-    columns: tuple[str, ...],
-    *,
-    folds: tuple[int, ...] = (),
-    splits: tuple[str, ...] = (),
-    console: Console | None = None,
-    **pool: Any,
-) -> ClipTable:
-    """The named columns of a `ClipWorker` for all clips of the folds and splits, in the data set's order.
-
-    `pool` goes to `map_clips`: model, batch_clips, num_workers, use_gpu. UserError where no clip is chosen.
-    """
-    spans = row_group_spans(manifest, folds, splits)
-    total = sum(span.clips for span in spans)
-    if not total:
-        raise UserError(f"data.folds={list(folds)}, data.splits={list(splits)}: {dataset.uri} has no clips there")
-    if console is not None:
-        console.progress(0, total)
-    rows: list[tuple[Any, ...]] = []
-    for table in map_clips(dataset, manifest, worker_class, row_groups=spans, **pool):
-        named = [table[name].to_pylist() for name in ("shard", "row", "clip_id", "clip_labels", "fold")]
-        values = [np.stack(table[name].to_numpy()) for name in columns]
-        rows += zip(*named, zip(*values, strict=True), strict=True)
-        if console is not None:
-            console.progress(len(rows), total)
-    rows.sort(key=lambda row: row[:2])
-    stacked = {name: np.stack([row[5][index] for row in rows]) for index, name in enumerate(columns)}
-    labels = [row[3] or [] for row in rows]
-    return ClipTable([row[2] for row in rows], stacked, labels, np.array([row[4] for row in rows]))
-
-
-def embed_clips(dataset: Place, model: Place, **pool: Any) -> LabelledClips:
-    """Clip ids, mean-pooled frozen features, labels and folds of a data set under a published encoder."""
-    return collect_clips(dataset, read_manifest(dataset), PooledFeatures, ("features",), model=model, **pool).labelled(
-        "features"
-    )
-
-
-def score_classifier(clips: ClipTable, manifest: DatasetManifest) -> dict[str, Any]:
-    """Accuracy (one label a clip) or mean average precision (several) of a classifier's logits.
-
-    UserError where the classifier has another number of classes than the data set has labels.
-    """
-    logits = clips.columns["logits"]
-    classes = len(manifest.label_names)
-    if logits.shape[1] != classes:
-        raise UserError(
-            f"model: has {logits.shape[1]} classes, the data set {classes} labels; give a classifier of this data set"
-        )
-    if manifest.multi_label:
-        from sklearn.metrics import average_precision_score
-
-        truth = np.zeros(logits.shape, dtype=bool)
-        for row, labels in enumerate(clips.labels):
-            truth[row, labels] = True
-        present = truth.any(0)
-        precision = average_precision_score(truth[:, present], logits[:, present], average="macro")
-        return {"mean_average_precision": float(precision), "classes_present": int(present.sum()), "clips": len(truth)}
-    labelled = clips.labelled("logits")
-    is_right = labelled.features.argmax(1) == labelled.labels
-    accuracy, by_fold = float(is_right.mean()), sorted(set(labelled.folds.tolist()))
-    return {
-        "accuracy": accuracy,
-        "standard_error": binomial_error(accuracy, len(is_right)),
-        "fold_accuracies": {str(fold): float(is_right[labelled.folds == fold].mean()) for fold in by_fold},
-        "clips": len(is_right),
-    }
+    return np.asarray(expit(logits_NC) if multi_label else softmax(logits_NC, axis=1))

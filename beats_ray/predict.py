@@ -16,9 +16,9 @@ from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
 from beats_ray.inference import load_checked
 from beats_ray.models import AudioClassifier
+from beats_ray.windows import window_spans
 
 WINDOW_SECONDS = 10.0  # the length that the paper's models are trained at
-SHORTEST_REST_SECONDS = 1.0  # a shorter rest is heard together with the window before it
 BATCH_WINDOWS = 16
 
 
@@ -72,6 +72,5 @@ def predict_wave(model: AudioClassifier, wave_S: np.ndarray) -> torch.Tensor:
 
 def split_windows(wave_S: np.ndarray) -> list[np.ndarray]:
     """Consecutive windows that hold every sample once; a very short rest stays with the last one."""
-    window, rest = round(WINDOW_SECONDS * SAMPLE_RATE_HZ), round(SHORTEST_REST_SECONDS * SAMPLE_RATE_HZ)
-    starts = [start for start in range(0, len(wave_S), window) if start == 0 or len(wave_S) - start >= rest]
-    return [wave_S[start:end] for start, end in zip(starts, [*starts[1:], len(wave_S)], strict=True)]
+    window = round(WINDOW_SECONDS * SAMPLE_RATE_HZ)
+    return [wave_S[start:end] for start, end in window_spans(len(wave_S), window, window)]

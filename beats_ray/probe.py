@@ -12,6 +12,7 @@ import numpy as np
 
 from beats_ray.config import UserError
 from beats_ray.data.manifest import NO_FOLD
+from beats_ray.scoring import binomial_error
 
 SOLVER_ITERATIONS = 3000  # an upper bound: the solver stops by itself long before
 
@@ -89,8 +90,3 @@ def cross_validate(clips: LabelledClips, build_classifier: Callable[[], Any]) ->
         chance=float(np.bincount(labels).max()) / len(labels),
         correct="".join("01"[int(right)] for right in is_right),
     )
-
-
-def binomial_error(accuracy: float, clips: int) -> float:
-    """Standard error of an accuracy over so many clips."""
-    return math.sqrt(accuracy * (1.0 - accuracy) / clips)

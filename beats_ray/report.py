@@ -12,6 +12,7 @@ from dataclasses import asdict
 import jinja2
 
 from beats_ray.data.storage import open_place
+from beats_ray.reporting.evaluations import evaluations
 from beats_ray.reporting.operations import data_health, loading, settings, throughput
 from beats_ray.reporting.results import (
     COLUMNS,
@@ -24,7 +25,7 @@ from beats_ray.reporting.results import (
 )
 from beats_ray.reporting.run_folder import LeaderboardRow, Run, read_run
 
-SECTIONS = (leaderboard, learning_curves, sweeps, codebooks, data_health, throughput, settings, loading)
+SECTIONS = (leaderboard, evaluations, learning_curves, sweeps, codebooks, data_health, throughput, settings, loading)
 
 
 def write_report(run: str) -> list[tuple[str, str]]:

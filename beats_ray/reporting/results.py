@@ -17,6 +17,7 @@ def headline(run: Run) -> tuple[str, list[dict[str, str]]]:
     planned = number(run.config.get("iterations"))
     finished = sum(row.status == "complete" for row in iterations)
     state = f"{finished} of {planned:g} iterations complete" if planned else f"{finished} iterations complete"
+    state = state if planned or iterations or run.info else ""  # the folder of an evaluation
     started = str(run.info.get("started") or "")
     subtitle = " · ".join(part for part in (run.place.uri, f"started {started}" if started else "", state) if part)
     tiles = []

@@ -169,7 +169,7 @@ def number(value: Any) -> float | None:
 
 
 def read_run(place: Place) -> Run:
-    """Reads what is there. UserError where the folder holds neither run.json nor an iteration."""
+    """Reads what is there. UserError where the folder holds neither run.json, an iteration nor an evaluation."""
     problems: list[str] = []
     info = _dict(_read(place / "run.json", _json, problems))
     found = {}
@@ -177,8 +177,12 @@ def read_run(place: Place) -> Run:
         match = re.fullmatch(r"iteration-(\d+)", entry.name)
         if match:
             found[int(match[1])] = {name: _read_stage(entry / name, problems) for name in STAGES}
-    if not info and not found:
-        raise UserError(f"{place.uri}: not a run (no run.json and no iteration-K folder); give the OUTPUT of `iterate`")
+    judged = any((place / name).exists() for name in ("evaluation.json", "cross_validation.json"))
+    if not info and not found and not judged:
+        raise UserError(
+            f"{place.uri}: not a run (no run.json, no iteration-K folder and no evaluation); give the OUTPUT of "
+            "`iterate`, `evaluate` or `cross-validate`"
+        )
     dataset_place = open_place(info["data"]) if isinstance(info.get("data"), str) and info["data"] else place / "data"
     try:
         dataset = _dict(_read(dataset_place / "dataset.json", _json, problems))
@@ -204,6 +208,11 @@ def _read_stage(place: Place, problems: list[str]) -> Stage:
     if number(newest.get("step")) is not None and newest["step"] > max(steps, default=-1):
         metrics.append(newest)
     return Stage(place.name, place, state, result, metrics)
+
+
+def read_part(place: Place, problems: list[str], parse: Callable[[Place], Any] | None = None) -> Any:
+    """A file of the run, by default one JSON object; None where it is absent, or is added to the problems."""
+    return _read(place, parse or (lambda file: _dict(_json(file))), problems)
 
 
 def _read(place: Place, parse: Callable[[Place], Any], problems: list[str]) -> Any:

@@ -6,6 +6,7 @@ waveforms and targets alike. Layer-wise learning-rate decay follows the encoder'
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,15 @@ class FinetuneModule(nn.Module):
 class FinetuneTask:
     """Classification of whole clips, starting from `encoder`'s weights."""
 
-    def __init__(self, settings: FinetuneSettings, encoder: BeatsEncoder, manifest: DatasetManifest) -> None:
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        encoder: BeatsEncoder,
+        manifest: DatasetManifest,
+        trained_on: Mapping[str, Any] | None = None,
+    ) -> None:
+        """trained_on: kept in the published model, see `provenance.py`."""
+        self._trained_on = trained_on
         self._settings = settings
         changes = {"dropout": settings.dropout, "layer_drop": settings.layer_drop}
         self._config = encoder.config.model_copy(update=changes)
@@ -97,4 +106,4 @@ class FinetuneTask:
         classifier.load_state_dict(
             {name.removeprefix(prefix): value.float() for name, value in state_dict.items() if name.startswith(prefix)}
         )
-        save_model(classifier, folder)
+        save_model(classifier, folder, {"data": self._trained_on} if self._trained_on else None)

@@ -111,6 +111,11 @@ def run_finetune(config: FinetuneConfig, console: Console) -> Written:
     return _train(run, console)
 
 
+def fit_run(run: Run, console: Console) -> Written:
+    """A run that has been checked, on Ray Train, its clips cached already or streamed; at once where it is complete."""
+    return _train(run, console)
+
+
 def _checked(kind: RunKind, config: RunConfig) -> Run:
     """The run that the config means; its first mistake is raised."""
     config = keep_batch(config)

@@ -75,9 +75,11 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
         teacher: Any = load_published(open_place(config.teacher))
         return DistillTask(config, teacher), describe_model(teacher)
     from beats_ray.train.finetune import FinetuneTask
+    from beats_ray.train.provenance import describe_data
 
     encoder: Any = load_published(open_place(config.encoder))
-    return FinetuneTask(config, encoder, run.manifest), describe_model(encoder)
+    trained_on = describe_data(config, run.manifest)
+    return FinetuneTask(config, encoder, run.manifest, trained_on), describe_model(encoder)
 
 
 class StreamedBatches:

@@ -10,9 +10,9 @@ import soundfile
 import torch
 
 from beats_ray.baselines import clip_band_baseline, mfcc_statistics
+from beats_ray.clip_table import ClipTable, PooledFeatures, mean_over_patches
 from beats_ray.config import UserError
-from beats_ray.data.manifest import DatasetManifest
-from beats_ray.evaluate import ClipTable, Logits, PooledFeatures, mean_over_patches, score_classifier
+from beats_ray.evaluate import Logits
 from beats_ray.inference import pad_clips
 from beats_ray.models import AudioClassifier, BeatsEncoder, ClassifierConfig, encoder_config, save_model
 from beats_ray.predict import predict_wave, run_predict, split_windows
@@ -102,50 +102,16 @@ def test_a_clips_features_and_logits_do_not_depend_on_its_batch() -> None:
     classifier = AudioClassifier(encoder, ClassifierConfig(num_classes=3)).eval()
     waves = [(np.random.default_rng(n).normal(size=n) * 3000).astype(np.int16).tobytes() for n in (8000, 24000)]
     with torch.inference_mode():
-        for worker, name in ((PooledFeatures(encoder), "features"), (Logits(classifier), "logits")):
+        for worker, name in ((PooledFeatures(encoder), "features"), (Logits(classifier), "scores")):
             together = worker(*pad_clips(waves))[name]
             alone = np.concatenate([worker(*pad_clips([wave]))[name] for wave in waves])
             np.testing.assert_allclose(together, alone, atol=1e-4)
             assert np.abs(together[0] - together[1]).max() > 1e-3
 
 
-def manifest(multi_label: bool, labels: int) -> DatasetManifest:
-    names = tuple(f"label-{index}" for index in range(labels))
-    return DatasetManifest(
-        name="x", label_names=names, multi_label=multi_label, clips=4, clips_by_fold={"1": 2, "2": 2},
-        clips_by_split={"": 4}, seconds=1, fbank_mean=0, fbank_std=1, source="x", source_files=4, quarantined=0,
-        shards=(),
-    )  # fmt: skip
-
-
-def table(logits: list[list[float]], labels: list[list[int]], folds: list[int]) -> ClipTable:
-    return ClipTable([str(i) for i in range(len(labels))], {"logits": np.array(logits)}, labels, np.array(folds))
-
-
-def test_a_classifiers_accuracy_counts_labelled_clips_only() -> None:
-    logits = [[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [0.0, 9.0]]
-    result = score_classifier(table(logits, [[0], [1], [1], []], [1, 1, 2, 2]), manifest(False, 2))
-    assert result["accuracy"] == pytest.approx(2 / 3)
-    assert result["fold_accuracies"] == {"1": 1.0, "2": 0.0}
-    assert result["clips"] == 3
-
-
-def test_mean_average_precision_is_the_mean_over_classes_that_occur() -> None:
-    """Class 0 ranks its two clips 1 and 3: (1/1 + 2/3) / 2; class 1 ranks its one clip first; class 2 never occurs."""
-    logits = [[3.0, 0.0, 0.0], [2.0, 5.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    result = score_classifier(table(logits, [[0], [1], [0], []], [1] * 4), manifest(True, 3))
-    assert result["mean_average_precision"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
-    assert result["classes_present"] == 2
-
-
-def test_a_classifier_of_another_data_set_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="has 2 classes, the data set 3 labels"):
-        score_classifier(table([[0.0, 1.0]], [[0]], [1]), manifest(False, 3))
-
-
 def test_the_probe_refuses_clips_with_several_labels() -> None:
     with pytest.raises(UserError, match="has 2 labels"):
-        table([[0.0, 1.0]], [[0, 1]], [1]).labelled("logits")
+        ClipTable(["a"], {"logits": np.zeros((1, 2))}, [[0, 1]], np.array([1])).labelled("logits")
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from beats_ray.config import UserError
 from beats_ray.data.storage import Place, open_place, write_table
+from beats_ray.judgement import Predictions, judge, write_judgement
 from beats_ray.report import leaderboard_rows, write_report
 from beats_ray.reporting.charts import MAX_POINTS, Line, line_chart, nice_ticks
 from beats_ray.reporting.run_folder import paired_gain
@@ -236,6 +238,43 @@ def test_damaged_files_are_named_and_cost_only_their_own_part(tmp_path: Path) ->
     for name in ("iteration-1/probe/evaluation.json", "iteration-1/pretrain/metrics.jsonl", "data/quarantine.parquet"):
         assert name in text
     assert "0.815 ± 0.019" in text
+
+
+def test_evaluations_of_a_run_are_shown_classes_worst_first(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    place = run / "evaluations" / "esc10"
+    found = Predictions(
+        [f"clip-{index}" for index in range(4)], np.array([1, 1, 2, 2]), [[0], [0], [1], [2]],
+        np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.1, 0.9, 0.0], [0.6, 0.3, 0.1]]), ("dog", "cat", "owl"), False,
+    )  # fmt: skip
+    write_judgement(place, found, {"kind": "classifier", "model": "m", "data": "d", **judge(found)})
+    (run / "cv" / "cross_validation.json").write_json(
+        {"folds": [1, 2], "seeds": [0], "selection": "none",
+         "encoders": {"e0": {"accuracy": 0.5, "standard_error": 0.25, "fold_mean": 0.52}},
+         "comparisons": [{"encoder": "e1", "reference": "e0", "difference": 0.125, "standard_error": 0.0625,
+                          "interval": [-0.01, 0.26], "over": "clips"}]}
+    )  # fmt: skip
+    write_report(run.uri)
+    _, text = read_page(run)
+    assert "0.500 ± 0.250" in text
+    assert "esc10: classes, worst first by recall" in text
+    classes = text[text.index("worst first") :]
+    assert classes.index("owl") < classes.index("dog") < classes.index("cat")
+    for expected in ("e1 against e0", "+0.125 ± 0.062", "-0.010 to +0.260"):
+        assert expected in text
+    matrix = text[text.index("a row for each true class") :]
+    assert re.search(r"dog\s*1\s*1\s*0\s*cat\s*0\s*1\s*0\s*owl\s*1\s*0\s*0", matrix)
+
+
+def test_the_folder_of_an_evaluation_has_a_report_of_its_own(tmp_path: Path) -> None:
+    place = open_place(str(tmp_path / "judged"))
+    (place / "evaluation.json").write_json({"kind": "classifier", "clips": 9, "mean_average_precision": 0.25})
+    (place / "per_class.csv").write_bytes(b"label,clips,average_precision\na,3\n")
+    write_report(place.uri)
+    _, text = read_page(place)
+    assert "0.250" in text
+    assert "per_class.csv: rows of different lengths" in text
+    assert "iterations complete" not in text
 
 
 def test_no_run_is_the_users_mistake(tmp_path: Path) -> None:

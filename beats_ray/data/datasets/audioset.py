@@ -42,7 +42,7 @@ def read_audioset(source: Place, layout: LayoutSettings) -> SourceListing:
     """
     tables = open_place(layout.table) if layout.table else source
     sizes = require_audio(source)
-    label_names, label_of = _read_labels(tables / "class_labels_indices.csv")
+    label_names, label_of = read_labels(tables / "class_labels_indices.csv")
     segments: dict[str, list[Segment]] = defaultdict(list)
     for subset in _subsets(tables, layout.subsets):
         for segment in _read_segments(tables / f"{subset}_segments.csv", subset, label_of):
@@ -110,7 +110,7 @@ def _subsets(tables: Place, wanted: tuple[str, ...]) -> list[str]:
     return present
 
 
-def _read_labels(table: Place) -> tuple[tuple[str, ...], dict[str, int]]:
+def read_labels(table: Place) -> tuple[tuple[str, ...], dict[str, int]]:
     """The display names in the order of their indices, and the index of each mid."""
     if not table.exists():
         raise UserError(
