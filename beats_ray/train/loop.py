@@ -54,6 +54,14 @@ class Task(Protocol):
         """Depth of each parameter, for layer-wise learning-rate decay."""
         ...
 
+    def frozen_steps(self) -> Mapping[str, int]:
+        """First optimizer steps in which a parameter stays as it is, where there are any."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Called before each optimizer step (0-based), before its micro-batches are prepared."""
+        ...
+
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         """The inputs for a micro-batch, which is on the training device already."""
         ...
@@ -97,7 +105,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         output / "checkpoints", context, settings.keep_checkpoints, settings.storage_retry_seconds
     )
     recoveries = count_recoveries(output, context, settings.storage_retry_seconds)
-    engine = Engine(task.module, settings, task.depths())
+    engine = Engine(task.module, settings, task.depths(), task.frozen_steps())
     first_step = checkpoints.restore(engine)
     batches = source.training(first_step)
     log = None
@@ -109,7 +117,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     metrics: dict[str, float] = {}
 
     for step in range(first_step, settings.steps):
-        _seed_dropout(settings.seed, step, context.rank)
+        _begin_step(task, settings.seed, step, context.rank)
         prepared = [
             _fetch(task, batches, settings, context, meter)
             for _ in range(settings.accumulation_steps(context.world_size))
@@ -176,7 +184,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`.
 
-    Of the averaged weights, where `train.ema_decay` keeps them: those that are published.
+    Of the averaged weights where there are any (`train.ema_decay`, `train.average_last`): those that are published.
     """
     clips = source.held_out(part)
     if clips is None:
@@ -217,5 +225,7 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
+def _begin_step(task: Task, seed: int, step: int, rank: int) -> None:
+    """Seeds what draws from PyTorch's own generator, dropout and layer drop, and tells the task."""
     torch.manual_seed(seed_of(seed, step, rank))
+    task.begin_step(step)

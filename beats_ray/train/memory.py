@@ -27,6 +27,7 @@ from beats_ray.train.flops import (
     Precision,
     RunKind,
     masked_counts,
+    num_codebooks_of_published,
     num_codes_of_published,
     patches_of,
 )
@@ -121,7 +122,8 @@ def _stack(
 
 def _bias(config: EncoderConfig, batch: _Batch, patches: int, per_clip: bool) -> Activations:
     one = config.num_heads * patches * patches * batch.value_bytes
-    nbytes = batch.clips * (one + INDEX_BYTES * patches * patches) if per_clip else one
+    indices = INDEX_BYTES * (1 + config.relative_bias_2d) * patches * patches
+    nbytes = batch.clips * (one + indices) if per_clip else one
     return Activations(nbytes, nbytes)
 
 
@@ -138,7 +140,7 @@ def _encoder(config: EncoderConfig, batch: _Batch, patches: int, grid: int, per_
     return total + _bias(config, batch, patches, per_clip_bias) + layers
 
 
-def _pretrain(config: PretrainConfig, batch: _Batch, num_codes: int) -> Activations:
+def _pretrain(config: PretrainConfig, batch: _Batch, num_logits: int) -> Activations:
     encoder = config.encoder.resolve()
     patches = patches_of(config.data.clip_seconds, encoder)
     visible, targets = masked_counts(patches, config.masking)
@@ -146,7 +148,7 @@ def _pretrain(config: PretrainConfig, batch: _Batch, num_codes: int) -> Activati
     total = _encoder(encoder, batch, visible, patches if true else visible, per_clip_bias=true)
     total += _bias(encoder, batch, visible + targets, per_clip=True)
     total += _stack(encoder, batch, config.predictor.num_layers, visible + targets, targets)
-    logits = targets * num_codes
+    logits = targets * num_logits
     head = batch.kept(2 * targets * encoder.width, logits)
     return total + head.working_on(batch.kept(0, LOGIT_COPIES * logits).kept_bytes)
 
@@ -187,7 +189,8 @@ def step_activations(
     batch = _Batch(train.micro_batch_size, value_bytes(train.precision), checkpointed)
     if isinstance(config, PretrainConfig):
         inputs = _inputs(batch, config, config.encoder.resolve())
-        return inputs + _pretrain(config, batch, num_codes_of_published(published))
+        num_logits = num_codebooks_of_published(published) * num_codes_of_published(published)
+        return inputs + _pretrain(config, batch, num_logits)
     source = EncoderConfig.model_validate(published["config"]["encoder"])
     if isinstance(config, DistillConfig):
         inputs = _inputs(batch, config, config.encoder.resolve(), source.width)
@@ -224,7 +227,7 @@ class TrainingState:
     moments: int
     """AdamW's two moments."""
     average: int
-    """Moving average of the masters, with `train.ema_decay`."""
+    """Average of the masters, with `train.ema_decay` or `train.average_last`."""
     buckets: int
     """DeepSpeed's buffer of gradients on their way between workers."""
     host: int = 0
@@ -255,7 +258,7 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
             masters=masters,
             gradients=size * trained,
             moments=2 * FP32_BYTES * trained,
-            average=FP32_BYTES * trained if settings.ema_decay else 0,
+            average=FP32_BYTES * trained if settings.averages_weights else 0,
             buckets=0,
         )
     weights = size * trained
@@ -270,7 +273,7 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
         masters=FP32_BYTES * part,
         gradients=gradients,
         moments=2 * FP32_BYTES * part,
-        average=FP32_BYTES * part if settings.ema_decay else 0,
+        average=FP32_BYTES * part if settings.averages_weights else 0,
         buckets=bucket * (accumulated if zero_stage == 1 else size),
     )
     if settings.optimizer_is_offloaded:

@@ -27,7 +27,12 @@ from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.models.config import EncoderConfig
 from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, training_plan
-from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
+from beats_ray.train.flops import (
+    RunKind,
+    num_codebooks_of_published,
+    num_codes_of_published,
+    step_flops_per_clip,
+)
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
 CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
@@ -97,7 +102,7 @@ class RunPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """One resume checkpoint: fp32 masters, two moments, the moving average where there is one, buffers."""
-        values = CHECKPOINT_VALUES + bool(self.train.ema_decay)
+        values = CHECKPOINT_VALUES + self.train.averages_weights
         return values * FP32_BYTES * self.size.trained + self.size.buffer_bytes
 
     @property
@@ -140,7 +145,8 @@ def measure_model(config: RunConfig, manifest: DatasetManifest, published: Mappi
         module, product, frozen = _build(config, manifest, published)
     frozen_values = sum(one.numel() for one in frozen.state_dict().values()) if frozen is not None else 0
     if isinstance(config, PretrainConfig) and not config.labels and frozen is None:
-        frozen_values = _random_projection_values(published["config"]["tokenizer"])
+        one = _random_projection_values(published["config"]["tokenizer"])
+        frozen_values = num_codebooks_of_published(published) * one
     return ModelSize(
         trained=sum(one.numel() for one in module.parameters() if one.requires_grad),
         frozen=sum(one.numel() for one in frozen.parameters()) if frozen is not None else 0,
@@ -159,7 +165,8 @@ def _build(
     if isinstance(config, PretrainConfig):
         from beats_ray.train.pretrain import PretrainTask
 
-        pretraining = PretrainTask(config, num_codes_of_published(published), None).module
+        codes, codebooks = num_codes_of_published(published), num_codebooks_of_published(published)
+        pretraining = PretrainTask(config, codes, None, codebooks).module
         frozen: nn.Module | None = None
         if not config.labels and published["kind"] == "self_distilled_tokenizer":
             frozen = SelfDistilledTokenizer(TokenizerConfig.model_validate(published["config"]["tokenizer"]))
@@ -255,7 +262,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 
 def _show_memory(plan: RunPlan, console: Console) -> None:
-    parts = ["weights", "masters", "gradients", "moments", *["average"] * bool(plan.train.ema_decay), "buckets"]
+    parts = ["weights", "masters", "gradients", "moments", *["average"] * plan.train.averages_weights, "buckets"]
     columns = ["ZeRO", *parts, "activations", "total"]
     rows = []
     for checkpointed in (False, True):
