@@ -248,15 +248,16 @@ class Engine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Every weight to be published, whole, on the CPU, trained ones in fp32; all ranks must call it.
 
-        Of a trained one that is its average where there is one.
+        Of a trained one that is its average where there is one. A parameter that several names share (the relative
+        bias of all layers) has the same value under each.
         """
         key = AVERAGE if self._has_average else MASTER
-        trained = {
-            name: _to_cpu(self._whole(parameter, key if parameter.requires_grad else ""))
-            for name, parameter in self.module.named_parameters()
-        }
-        rest = {name: value for name, value in self.module.state_dict().items() if name not in trained}
-        return trained | {name: _to_cpu(value) for name, value in rest.items()}
+        whole: dict[nn.Parameter, torch.Tensor] = {}
+        for parameter in self.module.parameters():
+            whole[parameter] = _to_cpu(self._whole(parameter, key if parameter.requires_grad else ""))
+        named = {name: whole[one] for name, one in self.module.named_parameters(remove_duplicate=False)}
+        rest = {name: value for name, value in self.module.state_dict().items() if name not in named}
+        return named | {name: _to_cpu(value) for name, value in rest.items()}
 
     # --- one parameter, whole, under any ZeRO stage -------------------------------------------------------------------
 
