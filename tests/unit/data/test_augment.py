@@ -55,7 +55,7 @@ def test_one_class_targets_sum_to_one_and_a_class_of_both_clips_stays_whole() ->
 def test_shares_lead_and_follow_the_beta_distribution() -> None:
     wide, narrow = (draw_mixture(4000, alpha, 1.0, seeded()).share_B for alpha in (10.0, 0.2))
     for share_B in (wide, narrow):
-        assert 0.5 <= float(share_B.min())
+        assert float(share_B.min()) >= 0.5
         assert float(share_B.max()) <= 1.0
     # |share - 0.5| has the deviation of Beta(a, a): 1 / sqrt(4 (2 a + 1)).
     for share_B, alpha in ((wide, 10.0), (narrow, 0.2)):
