@@ -59,7 +59,7 @@ class RelativeBias(nn.Embedding):
 
 
 class GridRelativeBias(nn.Module):
-    """A bias of the distance in time plus one of the distance in frequency, each learned for each head; not the paper's.
+    """A bias of the distance in time plus one of the distance in frequency, learned for each head; not the paper's.
 
     By the distance between grid indices, the release's, the highest patch of one time step and the lowest of the next
     are neighbours; here they are a time step and the whole spectrum apart.

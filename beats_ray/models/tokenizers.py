@@ -4,7 +4,8 @@
     labels_BN = SelfDistilledTokenizer(config).label_patches(fbank_BTF, num_frames_B)  # iterations 2 and 3
     labels_BN = tokenizer.extract_labels(wave_BS, padding_mask)                        # either, from waveforms
 
-Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, Q codebooks, W windows of a clip.
+Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, Q codebooks,
+W windows of a clip.
 Source: paper sections 3.3.1 (random projection, as in BEST-RQ) and 3.3.2 (self-distilled).
 """
 
@@ -46,8 +47,8 @@ class RandomProjectionConfig(ModelConfig):
 class RandomProjectionTokenizer(Float32Buffers):
     """Labels a patch with the nearest of some random codes after a random linear map; nothing is ever trained.
 
-    Of several codebooks the first is that of a tokenizer of one codebook and the same seed. Their projections stand side
-    by side in the buffers (P, Q x D), their codes one below the other (Q x V, D).
+    Of several codebooks the first is that of a tokenizer of one codebook and the same seed. Their projections stand
+    side by side in the buffers (P, Q x D), their codes one below the other (Q x V, D).
     """
 
     projection_PD: Tensor

@@ -157,10 +157,15 @@ def distill_flops(
     return 3 * forward - patch_embedding_flops(config, patches) + frozen
 
 
-def finetune_flops(config: EncoderConfig, num_classes: int, patches: int) -> int:
-    """Forward and backward of one clip of fine-tuning."""
-    forward = encoder_flops(config, patches) + linear_flops(patches, config.width, num_classes)
-    return 3 * forward - patch_embedding_flops(config, patches)
+def finetune_flops(config: EncoderConfig, num_outputs: int, patches: int, is_frozen: bool = False) -> int:
+    """Forward and backward of one clip of fine-tuning; of a frozen encoder the forward pass alone.
+
+    num_outputs: of the head for each patch, classes and a score where it pools by attention.
+    """
+    encoder, head = encoder_flops(config, patches), linear_flops(patches, config.width, num_outputs)
+    if is_frozen:  # nor has the head's input a gradient
+        return encoder + 2 * head
+    return 3 * (encoder + head) - patch_embedding_flops(config, patches)
 
 
 def step_flops_per_clip(
@@ -169,7 +174,7 @@ def step_flops_per_clip(
     published: Mapping[str, Any],
     num_classes: int = 0,
 ) -> int:
-    """The model FLOPs of one clip in a training step of this run.
+    """The model FLOPs of one clip in a training step of this run, the mean over its steps.
 
     published: the description (`config.json`, `describe_model`) of the tokenizer, teacher or encoder that the run
     starts from. num_classes: of the data set, for fine-tuning.
@@ -193,7 +198,12 @@ def step_flops_per_clip(
         return distill_flops(encoder, chosen.code_dim, chosen.num_codes, teacher, patches, chosen.teacher_layer)
     assert kind == "finetune", kind
     encoder = EncoderConfig.model_validate(published["config"]["encoder"])
-    return finetune_flops(encoder, num_classes, patches_of(config.data.clip_seconds, encoder))
+    patches = patches_of(config.data.clip_seconds, encoder)
+    outputs = num_classes + (config.pooling == "attention")
+    frozen_steps = config.train.steps if config.freeze_encoder else config.freeze_encoder_steps
+    frozen = frozen_steps * finetune_flops(encoder, outputs, patches, is_frozen=True)
+    tuned = (config.train.steps - frozen_steps) * finetune_flops(encoder, outputs, patches)
+    return round((frozen + tuned) / config.train.steps)
 
 
 def num_codes_of_published(tokenizer: Mapping[str, Any]) -> int:

@@ -85,5 +85,5 @@ def test_its_encoder_is_saved_and_loaded_but_has_no_released_form(tmp_path: Path
 
 
 def test_compact_positions_have_no_rows_and_columns() -> None:
-    with pytest.raises(ValueError, match="positions='compact'.*relative_bias_2d"):
+    with pytest.raises(ValueError, match=r"positions='compact'.*relative_bias_2d"):
         BeatsEncoder(encoder_config("tiny", relative_bias_2d=True), "compact")

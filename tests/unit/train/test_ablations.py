@@ -1,6 +1,5 @@
-"""Switches of pre-training and fine-tuning that are not the paper's: each changes what it should, by the right amount."""
+"""Switches of pre-training and fine-tuning that are not the paper's: each changes what it should, as it should."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +42,7 @@ from beats_ray.train.flops import step_flops_per_clip
 from beats_ray.train.loop import run_training
 from beats_ray.train.pretrain import PretrainModule, PretrainTask, num_codebooks_of, num_codes_of
 from tests.support.training import SyntheticBatches
+from tests.unit.train.test_preflight import write_dataset
 
 pytestmark = pytest.mark.unit
 
@@ -154,25 +154,16 @@ def test_the_flops_of_several_codebooks() -> None:
 
 def test_a_labels_stage_has_one_codebook_and_says_so(tmp_path: Path) -> None:
     save_model(tokenizer_of(2), tmp_path / "tokenizer")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(_manifest()))
+    write_dataset(tmp_path / "data", ())
     places = {"output": str(tmp_path / "labels"), "tokenizer": str(tmp_path / "tokenizer")}
     config = validate(TokenizeConfig, places | {"data": {"path": str(tmp_path / "data")}})
-    with pytest.raises(UserError, match="2 labels for each patch.*pre-train without `labels`"):
+    with pytest.raises(UserError, match=r"2 labels for each patch.*pre-train without `labels`"):
         run_tokenize(config, Console())
     assert not (tmp_path / "labels").exists()
     asked = load_config(PretrainConfig, None, ["labels=somewhere", f"output={tmp_path}/run"])
     found = find_mistakes("pretrain", asked, Inputs(describe_model(tokenizer_of(2)), None, []))
     assert [line for line in map(str, found) if "leave labels empty" in line]
     assert not find_mistakes("pretrain", asked, Inputs(describe_model(tokenizer_of(1)), None, []))
-
-
-def _manifest() -> dict[str, Any]:
-    return {
-        "name": "none", "format_version": 1, "label_names": [], "multi_label": False, "clips": 0,
-        "clips_by_split": {}, "clips_by_fold": {}, "seconds": 0.0, "fbank_mean": 0.0, "fbank_std": 1.0, "source": "",
-        "shards": [],
-    }  # fmt: skip
 
 
 def test_every_switch_is_a_key_and_off_by_default() -> None:

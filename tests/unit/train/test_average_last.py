@@ -60,11 +60,9 @@ def test_what_is_published_is_the_mean_over_the_points_under_every_name(zero_sta
         for name in ("linear.weight", "again.weight"):
             torch.testing.assert_close(published[name], expected, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(expected, weights(engine), rtol=0.01)
-    trained = engine.module.linear.bias.detach().clone()
     with engine.evaluating():
-        assert zero_stage == 3 or not torch.equal(engine.module.linear.bias, trained)
         shown = engine._whole(engine.module.linear.weight, "").float()
-        torch.testing.assert_close(shown, expected, rtol=1e-6 if precision == "fp32" else 0.01, atol=1e-2)
+        torch.testing.assert_close(shown, expected, rtol=1e-5 if precision == "fp32" else 0.01, atol=1e-6)
 
 
 def test_before_the_first_point_nothing_is_averaged() -> None:

@@ -1,4 +1,4 @@
-"""A frozen encoder: it stays as it is, costs no backward pass, and is trained from a fresh start when it is set free."""
+"""A frozen encoder: it stays as it is, costs no backward pass, and is starts afresh when it is set free."""
 
 from collections.abc import Callable
 from pathlib import Path
