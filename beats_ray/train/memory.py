@@ -37,8 +37,6 @@ INDEX_BYTES = 8
 ATTENTION_COPIES = 3
 """Tensors of the size (clips, heads, patches, patches) that live at one time while a layer's attention is computed
 again and differentiated: the gated bias with its padding, its gradient, and one product of that with gate or bias."""
-FROZEN_ATTENTION_COPIES = 2
-"""The same without a gradient: the gated bias, and what the kernel makes of it."""
 LOGIT_COPIES = 2
 """fp32 tensors of logits beside the kept one: the logits, and their gradient."""
 
@@ -147,7 +145,7 @@ def _frozen_encoder(config: EncoderConfig, batch: _Batch, patches: int) -> Activ
     normed = config.width * (config.width // config.conv_pos_groups) * config.conv_pos_kernel * batch.value_bytes
     shared = _bias(config, batch, patches, per_clip=False).kept_bytes + normed
     outputs = config.num_layers * patches * config.width
-    attention = 4 * patches * config.width + FROZEN_ATTENTION_COPIES * config.num_heads * patches**2
+    attention = 4 * patches * config.width + config.num_heads * patches**2  # the gated bias
     feed_forward = 2 * patches * (config.width + config.ffn_width)
     working = shared + batch.kept(outputs + max(attention, feed_forward)).kept_bytes
     return batch.kept(patches * config.width).working_on(working)
@@ -185,7 +183,8 @@ def _finetune(config: FinetuneConfig, batch: _Batch, encoder: EncoderConfig, num
         total = _frozen_encoder(encoder, batch, patches)
     else:
         total = _encoder(encoder, batch, patches, patches, per_clip_bias=False)
-    return total + NOTHING.working_on(batch.kept(0, 2 * patches * num_classes).kept_bytes)
+    head = batch.kept(0, patches * (num_classes + 1))  # logits and weights of the patches
+    return total + head.working_on(batch.kept(0, patches * num_classes).kept_bytes)
 
 
 def step_activations(
