@@ -33,7 +33,7 @@ from beats_ray.train.flops import (
     num_codes_of_published,
     step_flops_per_clip,
 )
-from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
+from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state, value_bytes
 
 CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
 KINDS: dict[type, RunKind] = {PretrainConfig: "pretrain", DistillConfig: "distill", FinetuneConfig: "finetune"}
@@ -46,11 +46,11 @@ class ModelSize:
 
     trained: int
     frozen: int
-    """Parameters of the teacher or of a tokenizer that labels on the fly."""
+    """Parameters of the teacher, of a tokenizer that labels on the fly, or of an encoder that is not trained."""
     frozen_bytes: int
-    """The same in fp32, with a random projection's matrices, which are no parameters."""
+    """The same, of models beside the trained one in fp32 and with a random projection's matrices, no parameters."""
     buffer_bytes: int
-    """State of the trained module that no optimizer moves, such as a codebook."""
+    """State of the trained module that no optimizer moves: a codebook, a frozen encoder."""
     published_bytes: int
     """The weights of the model that the run publishes."""
 
@@ -147,11 +147,13 @@ def measure_model(config: RunConfig, manifest: DatasetManifest, published: Mappi
     if isinstance(config, PretrainConfig) and not config.labels and frozen is None:
         one = _random_projection_values(published["config"]["tokenizer"])
         frozen_values = num_codebooks_of_published(published) * one
+    held = sum(one.numel() for one in module.parameters() if not one.requires_grad)
+    held_bytes = value_bytes(config.train.precision) * held
     return ModelSize(
         trained=sum(one.numel() for one in module.parameters() if one.requires_grad),
-        frozen=sum(one.numel() for one in frozen.parameters()) if frozen is not None else 0,
-        frozen_bytes=FP32_BYTES * frozen_values,
-        buffer_bytes=sum(one.nbytes for one in module.buffers()),
+        frozen=held + (sum(one.numel() for one in frozen.parameters()) if frozen is not None else 0),
+        frozen_bytes=held_bytes + FP32_BYTES * frozen_values,
+        buffer_bytes=held_bytes + sum(one.nbytes for one in module.buffers()),
         published_bytes=sum(one.nbytes for one in product.state_dict().values()),
     )
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beats_ray.config import ConfigError, FinetuneSettings, validate
+from beats_ray.config import ConfigError, FinetuneConfig, FinetuneSettings, load_config, validate
 from beats_ray.data.storage import open_place
-from beats_ray.models import BeatsEncoder, encoder_config
+from beats_ray.models import BeatsEncoder, describe_model, encoder_config
 from beats_ray.train.context import single_process_context
 from beats_ray.train.engine import Engine
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.loop import run_training
+from beats_ray.train.preflight import measure_model
 from tests.support.training import SyntheticBatches
 
 pytestmark = pytest.mark.unit
@@ -139,6 +140,23 @@ def test_a_frozen_encoder_is_in_evaluation_mode_and_gets_no_gradient() -> None:
         losses[0].backward()
         assert any(one.grad is not None for one in encoder.parameters()) is not frozen
     assert all(one.grad is not None for one in task.module.classifier.predictor.parameters())
+
+
+def test_the_plan_counts_a_frozen_encoder_as_frozen() -> None:
+    manifest: Any = SimpleNamespace(label_names=("a", "b", "c"), multi_label=False)
+    encoder = BeatsEncoder(encoder_config("tiny", **SMALL))
+    parameters, head = sum(one.numel() for one in encoder.parameters()), 3 * 32 + 3
+    sizes = [
+        measure_model(
+            load_config(FinetuneConfig, None, ["output=o", f"freeze_encoder={frozen}"]),
+            manifest,
+            describe_model(encoder),
+        )
+        for frozen in ("false", "true")
+    ]
+    assert [(size.trained, size.frozen) for size in sizes] == [(parameters + head, 0), (head, parameters)]
+    assert sizes[1].frozen_bytes == sizes[1].buffer_bytes == 4 * parameters  # held, and in each checkpoint
+    assert sizes[0].published_bytes == sizes[1].published_bytes
 
 
 @pytest.mark.parametrize(
