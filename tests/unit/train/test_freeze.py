@@ -1,5 +1,7 @@
 """A frozen encoder: it stays as it is, costs no backward pass, and is starts afresh when it is set free."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from beats_ray.config import ConfigError, FinetuneConfig, FinetuneSettings, load_config, validate
 from beats_ray.data.storage import open_place
 from beats_ray.models import BeatsEncoder, describe_model, encoder_config
-from beats_ray.train.context import single_process_context
+from beats_ray.train.context import WorkerContext, single_process_context
 from beats_ray.train.engine import Engine
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.loop import run_training
@@ -123,6 +126,40 @@ def test_the_first_step_of_a_freed_encoder_is_adamw_s_first(zero_stage: int) -> 
     rates = {group["lr"] for group in engine._adamw.param_groups}
     assert rate in rates
     assert min(abs(float(moved.abs().median()) / one - 1) for one in rates) < 1e-3
+
+
+def _take_part(rank: int, folder: str) -> None:
+    """One of two processes, which runs every stage and leaves its losses."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    os.environ["LOCAL_RANK"] = "0"
+    results = {}
+    for stage in range(4):
+        task, checked, _ = build(stage, **WITHOUT_CHANCE)
+        losses: list[float] = []
+        context = WorkerContext(
+            rank, 2, torch.device("cpu"), lambda _step, metrics, losses=losses: losses.append(metrics["train/loss"])
+        )
+        source = SyntheticBatches(2, 4, rank, 2)
+        run_training(task, source, checked.train, context, open_place(f"{folder}/stage-{stage}"))
+        results[stage] = losses
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(results))
+    dist.barrier()
+    os._exit(0)  # gloo's threads abort a process that ends while the other one still leaves the group
+
+
+WITHOUT_CHANCE: dict[str, Any] = {"freeze_encoder_steps": 4, "layer_drop": 0.0, "augment": {"mixup": 0.0}}
+
+
+@pytest.mark.slow
+def test_two_workers_under_each_stage_have_the_losses_of_one(tmp_path: Path) -> None:
+    alone, _, _ = run(tmp_path / "alone", 0, **WITHOUT_CHANCE)
+    torch.multiprocessing.spawn(_take_part, args=(str(tmp_path),), nprocs=2)
+    for stage, losses in json.loads((tmp_path / "losses.json").read_text()).items():
+        assert losses == pytest.approx(alone, rel=1e-4), stage
+    assert alone[-1] != pytest.approx(alone[3], rel=1e-3)
 
 
 def test_a_frozen_encoder_is_in_evaluation_mode_and_gets_no_gradient() -> None:
