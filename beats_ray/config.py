@@ -172,9 +172,14 @@ class EncoderSettings(Section):
         if self.preset not in ENCODER_PRESETS:
             raise ValueError(f"preset={self.preset!r} is not one of {', '.join(ENCODER_PRESETS)}")
         try:
-            self.resolve()
+            config = self.resolve()
         except ValueError as error:
             raise ValueError(f"overrides: {error}") from None
+        if config.relative_bias_2d and self.positions == "compact":
+            raise ValueError(
+                "positions='compact' leaves patches without a row and a column, which overrides.relative_bias_2d=true "
+                "needs; use positions=true"
+            )
         return self
 
     def resolve(self) -> EncoderConfig:
@@ -195,7 +200,9 @@ class PredictorSettings(Section):
     num_layers: PositiveInt = 3
     """Transformer layers of the label predictor (ESPnet's statement of the paper's setting)."""
     mask_vector: Literal["zero", "learned"] = "learned"
-    """What stands at a masked place in the label predictor's input."""
+    """What stands at a masked place in the label predictor's input: zeros (paper), or one vector (ESPnet)."""
+    label_smoothing: Fraction = 0.0
+    """Share of a masked patch's target that is spread over all codes. Paper: 0."""
 
 
 class RandomProjectionSettings(Section):
@@ -205,6 +212,9 @@ class RandomProjectionSettings(Section):
     """Width of a code. Paper: 256."""
     normalization: Literal["none", "l2", "standardize"] = "l2"
     """How patch projections and codes are normalised before the nearest code is looked up."""
+    num_codebooks: PositiveInt = 1
+    """Projections with a codebook each: so many labels a patch, all of which pre-training predicts, the loss being the
+    mean (USM's multi-softmax). Learned tokenizers have one. Paper: 1."""
     seed: int = 0
     """Seed of the frozen projection and codebook."""
 
@@ -251,6 +261,12 @@ class TrainSettings(Section):
     """Decay, per optimizer step, of a moving average of the trained weights; validation, test and the published model
     use the average. It begins at the initial weights; buffers, such as a codebook, stay as they are. 0 turns it off.
     Paper: not stated."""
+    average_last: NonNegativeInt = 0
+    """Points whose weights are averaged, in equal shares, in place of `ema_decay`: the last step and those before it in
+    distances of `average_every_steps`. Test and the published model use the mean, validation from the first point on.
+    It costs one copy of the weights however many points there are. 0 turns it off. Paper: not stated."""
+    average_every_steps: PositiveInt = 1000
+    """Optimizer steps between two such points; an epoch is usual (AST, arXiv 2104.01778, section 3.1)."""
     global_batch_size: PositiveInt = 560
     """Clips in one optimizer step over all workers. Paper: about 560 clips of 10 s for pre-training."""
     global_batch_seconds: PositiveFloat | None = None
@@ -321,6 +337,38 @@ class TrainSettings(Section):
                 f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; use at most {self.steps}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _averages(self) -> Self:
+        if self.average_last and self.ema_decay:
+            raise ValueError(
+                f"average_last={self.average_last} and ema_decay={self.ema_decay:g} are two averages of the weights; "
+                "set one of them to 0"
+            )
+        if self.average_last and self.first_average_step < 1:
+            most = (self.steps - 1) // self.average_every_steps + 1
+            raise ValueError(
+                f"average_last={self.average_last} points every average_every_steps={self.average_every_steps} steps "
+                f"begin before the first of steps={self.steps}; use average_last={most}, or closer points"
+            )
+        return self
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return bool(self.ema_decay or self.average_last)
+
+    @property
+    def first_average_step(self) -> float:
+        """Steps after which the average over the last points begins; infinity where there is none."""
+        return self.steps - (self.average_last - 1) * self.average_every_steps if self.average_last else math.inf
+
+    def average_point(self, steps_done: int) -> int:
+        """Which point of that average, from 1 on, so many steps make; 0 where they make none."""
+        if steps_done < self.first_average_step:
+            return 0
+        index, rest = divmod(steps_done - int(self.first_average_step), self.average_every_steps)
+        return 0 if rest else index + 1
 
     @model_validator(mode="after")
     def _zero_stage(self) -> Self:
@@ -397,13 +445,23 @@ class TrainSettings(Section):
 
 class AugmentSettings(Section):
     mixup: Annotated[float, Field(ge=0.0)] = 0.8
-    """Alpha of waveform mixup's Beta distribution; 0 turns it off. Paper: 0.8 on AudioSet."""
+    """Alpha of mixup's Beta distribution; 0 turns it off. Paper: 0.8 on AudioSet."""
+    mixup_of: Literal["waveform", "fbank"] = "waveform"
+    """What is mixed: sounds, or log-mel energies. Targets are mixed alike. Paper: not stated."""
+    mixup_probability: Fraction = 1.0
+    """Part of the clips that are mixed with another one. Paper: not stated."""
+    gain_db: Annotated[float, Field(ge=0.0)] = 0.0
+    """Largest change of a clip's loudness either way, dB, drawn evenly; 0 turns it off. Paper: not used."""
     roll_seconds: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest circular shift of the waveform, seconds."""
     time_mask_fraction: Fraction = 0.06
-    """Longest time mask as a fraction of the clip."""
+    """Longest time mask as a fraction of the clip. Paper: at most 0.06 on AudioSet."""
+    num_time_masks: NonNegativeInt = 1
+    """Time masks of each clip; they may overlap."""
     freq_mask_bins: NonNegativeInt = 24
     """Widest frequency mask, mel bins (of 128)."""
+    num_freq_masks: NonNegativeInt = 1
+    """Frequency masks of each clip."""
 
 
 class FoldSettings(Section):
@@ -485,8 +543,15 @@ class DistillSettings(Section):
 class FinetuneSettings(Section):
     folds: FoldSettings = FoldSettings()
     augment: AugmentSettings = AugmentSettings()
+    pooling: Literal["mean", "attention"] = "mean"
+    """How patches vote for a clip's classes: alike, or weighted by a learned score of each. Paper: mean."""
+    freeze_encoder: bool = False
+    """Trains the head alone on the frozen encoder's features, a linear probe by gradient descent."""
+    freeze_encoder_steps: NonNegativeInt = 0
+    """First optimizer steps in which the head alone is trained; less than `train.steps`. Paper: not used."""
     label_smoothing: Fraction = 0.1
-    """Share of the target that is spread over all classes (single-label data)."""
+    """Share of the target that is spread over all classes, in training on single-label data; targets of multi-label
+    data, which have a decision for each class, are left as they are."""
     dropout: Fraction = 0.0
     """Dropout in the encoder's layers. Paper: 0."""
     layer_drop: Fraction = 0.1
@@ -496,6 +561,20 @@ class FinetuneSettings(Section):
     train: TrainSettings = TrainSettings(
         steps=6000, warmup_steps=600, learning_rate=1e-4, layer_decay=0.6, global_batch_size=64, zero_stage=1
     )
+
+    @model_validator(mode="after")
+    def _freezes(self) -> Self:
+        if self.freeze_encoder and self.freeze_encoder_steps:
+            raise ValueError(
+                f"freeze_encoder=true freezes it for good, freeze_encoder_steps={self.freeze_encoder_steps} for the "
+                "first steps; set one of them"
+            )
+        if self.freeze_encoder_steps >= self.train.steps:
+            raise ValueError(
+                f"freeze_encoder_steps={self.freeze_encoder_steps} leaves none of train.steps={self.train.steps} to "
+                "the encoder; use freeze_encoder=true, or fewer"
+            )
+        return self
 
 
 class SweepSettings(Section):

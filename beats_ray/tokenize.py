@@ -38,6 +38,11 @@ def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, st
     dataset, output, tokenizer = open_place(config.data.path), open_place(config.output), open_place(config.tokenizer)
     manifest = read_manifest(dataset)
     settings = check_published(tokenizer, "tokenizer", TOKENIZER_KINDS)["config"]["tokenizer"]
+    if settings.get("num_codebooks", 1) > 1:
+        raise UserError(
+            f"tokenizer={tokenizer.uri}: gives {settings['num_codebooks']} labels for each patch, and a labels stage "
+            "holds one; pre-train without `labels`, which computes them on the fly"
+        )
     num_codes = int(settings.get("num_codes") or settings["quantizer"]["num_codes"])
     source = {"fingerprint": shards_fingerprint(manifest), "tokenizer_sha256": model_sha256(tokenizer)}
     _claim(output, source)

@@ -3,7 +3,8 @@
 `sdpa` is the fused kernel with the gated bias as its mask; `matmul` spells the formula out; `flex` gates the bias
 inside the kernel of FlexAttention, so that it is never in memory (compiled on CUDA; on a CPU good for comparison only).
 
-Shapes: B clips, N patches, D width, H heads, K features a head, O = 2 N offsets.
+Shapes: B clips, N patches, D width, H heads, K features a head, O = 2 N offsets; R time steps, C patches along
+frequency, N = R x C.
 Source: paper section 3.1 (gated relative position bias of WavLM), released checkpoints.
 
 The released code divides queries by 32 and multiplies the scores again after subtracting their maximum: a range guard
@@ -57,6 +58,32 @@ class RelativeBias(nn.Embedding):
         return _look_up(table_OH, torch.where(offset_BNN < 0, offset_BNN + 2 * num_patches, offset_BNN))
 
 
+class GridRelativeBias(nn.Module):
+    """A bias of the distance in time plus one of the distance in frequency, learned for each head; not the paper's.
+
+    By the distance between grid indices, the release's, the highest patch of one time step and the lowest of the next
+    are neighbours; here they are a time step and the whole spectrum apart.
+    """
+
+    def __init__(self, num_buckets: int, num_heads: int, max_distance: int, patches_per_row: int) -> None:
+        super().__init__()
+        self.patches_per_row = patches_per_row
+        self.time = RelativeBias(num_buckets, num_heads, max_distance)
+        self.frequency = RelativeBias(4 * patches_per_row, num_heads, 2 * patches_per_row)  # one bucket a distance
+
+    def forward(self, num_patches: int, position_BN: Tensor | None = None) -> Tensor:
+        """Returns the bias (1, H, N, N) of the whole grid, or (B, H, M, M) of the patches at the given grid indices."""
+        columns = self.patches_per_row
+        rows = num_patches // columns
+        if position_BN is not None:
+            by_time: Tensor = self.time(rows, position_BN // columns)
+            by_frequency: Tensor = self.frequency(columns, position_BN % columns)
+            return by_time + by_frequency
+        time_HRR, frequency_HCC = self.time(rows)[0], self.frequency(columns)[0]
+        bias_HRCRC = time_HRR[:, :, None, :, None] + frequency_HCC[:, None, :, None, :]
+        return bias_HRCRC.reshape(1, -1, rows * columns, rows * columns)
+
+
 def _look_up(table_OH: Tensor, index_BNN: Tensor) -> Tensor:
     if table_OH.device.type == "cpu":  # nine times faster in backward than the embedding
         bias_HX = table_OH.t().contiguous().index_select(1, index_BNN.flatten())
@@ -75,7 +102,7 @@ def _toeplitz(cycle_HO: Tensor, num_patches: int) -> Tensor:
 class GatedSelfAttention(nn.Module):
     """Multi-head self-attention whose relative bias each query scales by a gate of its own."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float, gated: bool, bias: RelativeBias) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float, gated: bool, bias: nn.Module) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_width = width // num_heads

@@ -51,6 +51,9 @@ class EncoderConfig(ModelConfig):
     """Learned relative-position buckets, both directions together. Release: 320."""
     relative_max_distance: int = 800
     """Distance in patches from which on all positions share the last bucket. Released checkpoints: 800."""
+    relative_bias_2d: bool = False
+    """Relative bias of the distance in time plus one of the distance in frequency, instead of the release's bias of the
+    distance between grid indices. Paper: False."""
     gated_relative_bias: bool = True
     """Whether each query gates its relative-position bias. Paper: True."""
     deep_norm: bool = True

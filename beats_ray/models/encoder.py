@@ -66,6 +66,10 @@ class BeatsEncoder(nn.Module):
         super().__init__()
         if positions not in ("true", "compact"):
             raise ValueError(f"positions={positions!r} is unknown; use 'true' or 'compact'")
+        if positions == "compact" and config.relative_bias_2d:
+            raise ValueError(
+                "positions='compact' leaves patches without a row and a column; use relative_bias_2d=False"
+            )
         self.config = config
         self.positions: Positions = positions
         self.patch_embedding = PatchEmbedding(config.patch_embed_width, config.patch_size)

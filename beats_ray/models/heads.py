@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from beats_ray.models.config import ModelConfig
-from beats_ray.models.encoder import BeatsEncoder, Compat
+from beats_ray.models.encoder import BeatsEncoder, Compat, EncoderOutput
 
 
 class ClassifierConfig(ModelConfig):
@@ -66,14 +66,16 @@ class AudioClassifier(nn.Module):
     def classify(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> ClassifierOutput:
         """Returns clip and patch logits; patch logits are what a supervised teacher offers to a tokenizer."""
         encoded = self.encoder(fbank_BTF, num_frames_B)
-        return self._pool(encoded.features_BND, encoded.is_pad_BN)
+        return self.pool(encoded)
 
     def probabilities(self, logits_BC: Tensor) -> Tensor:
         """Class probabilities in fp32: a sigmoid of each logit where `multi_label`, a softmax over them otherwise."""
         logits_BC = logits_BC.float()
         return logits_BC.sigmoid() if self.config.multi_label else logits_BC.softmax(dim=-1)
 
-    def _pool(self, features_BND: Tensor, is_pad_BN: Tensor) -> ClassifierOutput:
+    def pool(self, encoded: EncoderOutput) -> ClassifierOutput:
+        """Returns clip and patch logits of encoded clips."""
+        features_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
         if self.training and self.config.dropout:
             features_BND = F.dropout(features_BND, self.config.dropout)
         patch_logits_BNC = self.predictor(features_BND)
@@ -97,7 +99,7 @@ class AudioClassifier(nn.Module):
         `BeatsEncoder.extract_features`.
         """
         encoded = self.encoder.encode_checked(wave_BS, padding_mask_BS, compat)
-        logits_BC = self._pool(encoded.features_BND, encoded.is_pad_BN).logits_BC
+        logits_BC = self.pool(encoded).logits_BC
         return self.probabilities(logits_BC), None if padding_mask_BS is None else encoded.is_pad_BN
 
     def parameter_depths(self) -> dict[str, int]:

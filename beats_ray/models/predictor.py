@@ -1,12 +1,13 @@
 """Masked patch prediction: the encoder sees some patches, and a small Transformer predicts the labels of others.
 
-Shapes: B clips, T frames, F mel bins, N patches, M visible patches, K targets, D width, V codes.
+Shapes: B clips, T frames, F mel bins, N patches, M visible patches, K targets, D width, V codes, Q codebooks.
 Source: paper section 3.2.
 """
 
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from beats_ray.models.config import ModelConfig
@@ -22,6 +23,8 @@ class PredictorConfig(ModelConfig):
     """Transformer layers. ESPnet's statement of the paper: 3."""
     num_codes: int = 1024
     """Labels to choose from: the tokenizer's codebook size. Paper: 1024."""
+    num_codebooks: int = Field(default=1, ge=1)
+    """Labels of each patch, one from each codebook, predicted by a linear map each. Paper: 1."""
     mask_vector: Literal["zero", "learned"] = "zero"
     """What stands for a masked patch. Paper: zeros; ESPnet: one learned vector."""
 
@@ -47,12 +50,15 @@ class MaskedPatchPredictor(nn.Module):
             nn.init.normal_(self.mask_vector, std=0.02)
         self.predictor = TransformerStack(encoder.config.model_copy(update={"num_layers": config.num_layers}))
         self.layer_norm = nn.LayerNorm(width)
-        self.code_proj = nn.Linear(width, config.num_codes)
+        self.code_proj = nn.Linear(width, config.num_codebooks * config.num_codes)  # the maps side by side
         nn.init.normal_(self.code_proj.weight, std=0.02)
         nn.init.zeros_(self.code_proj.bias)
 
     def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor | None, patch_mask: PatchMask) -> Tensor:
-        """Returns logits_BKV for the targets of the mask; rows of padded targets (index -1) mean nothing."""
+        """Returns logits_BKQV for the targets of the mask; rows of padded targets (index -1) mean nothing.
+
+        With one codebook, as in the paper, logits_BKV.
+        """
         visible_BM, target_BK = patch_mask
         encoded = self.encoder(fbank_BTF, num_frames_B, visible_BM)
         x_BMD = self.input_proj(encoded.features_BND)
@@ -72,7 +78,8 @@ class MaskedPatchPredictor(nn.Module):
         x_BLD = torch.cat((x_BMD, masks_BKD), dim=1)
         x_BKD = self.predictor.run_layers(x_BLD, bias_BHLL, is_pad_BL, first_wanted=visible_BM.shape[1])[-1]
         logits: Tensor = self.code_proj(self.layer_norm(x_BKD))
-        return logits
+        books = self.config.num_codebooks
+        return logits if books == 1 else logits.unflatten(-1, (books, self.config.num_codes))
 
     def _grid_patches(self, fbank_BTF: Tensor) -> int:
         config = self.encoder.config

@@ -304,6 +304,8 @@ def release_settings(config: EncoderConfig) -> dict[str, Any]:
         raise ValueError(
             f"num_mel_bins={config.num_mel_bins} has no place in the released format, which has {NUM_MEL_BINS}"
         )
+    if config.relative_bias_2d:
+        raise ValueError("relative_bias_2d=True has no place in the released format, whose bias has one dimension")
     settings = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     extra = {"layer_wise_gradient_decay_ratio": 1.0, "dropout_input": 0.0, "finetuned_model": False}
     return settings | _FIXED | extra

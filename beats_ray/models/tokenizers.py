@@ -4,7 +4,8 @@
     labels_BN = SelfDistilledTokenizer(config).label_patches(fbank_BTF, num_frames_B)  # iterations 2 and 3
     labels_BN = tokenizer.extract_labels(wave_BS, padding_mask)                        # either, from waveforms
 
-Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, W windows of a clip.
+Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, Q codebooks,
+W windows of a clip.
 Source: paper sections 3.3.1 (random projection, as in BEST-RQ) and 3.3.2 (self-distilled).
 """
 
@@ -34,14 +35,21 @@ class RandomProjectionConfig(ModelConfig):
     normalization: Literal["none", "l2", "standardize"] = "l2"
     """What makes patches comparable: nothing (loudness then decides the label), l2 norm of projection and codes
     (BEST-RQ), or zero mean and unit deviation of each patch before that."""
+    num_codebooks: int = Field(default=1, ge=1)
+    """Codebooks, each with a projection of its own, which give a patch so many labels (USM, arXiv 2303.01037, section
+    3.1). Paper: 1."""
     seed: int = 0
-    """Seed of projection and codebook; two tokenizers of one seed are equal."""
+    """Seed of projections and codebooks; two tokenizers of one seed are equal."""
     patch_size: int = 16
     """Side of a patch, in frames and mel bins. Paper: 16."""
 
 
 class RandomProjectionTokenizer(Float32Buffers):
-    """Labels a patch with the nearest of some random codes after a random linear map; nothing is ever trained."""
+    """Labels a patch with the nearest of some random codes after a random linear map; nothing is ever trained.
+
+    Of several codebooks the first is that of a tokenizer of one codebook and the same seed. Their projections stand
+    side by side in the buffers (P, Q x D), their codes one below the other (Q x V, D).
+    """
 
     projection_PD: Tensor
     codebook_VD: Tensor
@@ -51,8 +59,11 @@ class RandomProjectionTokenizer(Float32Buffers):
         self.config = config or RandomProjectionConfig()
         values = self.config.patch_size**2
         generator = torch.Generator().manual_seed(self.config.seed)
-        projection_PD = torch.randn(values, self.config.code_dim, generator=generator) / values**0.5
-        codebook_VD = torch.randn(self.config.num_codes, self.config.code_dim, generator=generator)
+        projections, codebooks = [], []
+        for _ in range(self.config.num_codebooks):
+            projections.append(torch.randn(values, self.config.code_dim, generator=generator) / values**0.5)
+            codebooks.append(torch.randn(self.config.num_codes, self.config.code_dim, generator=generator))
+        projection_PD, codebook_VD = torch.cat(projections, dim=1), torch.cat(codebooks)
         if self.config.normalization != "none":
             codebook_VD = F.normalize(codebook_VD, dim=-1)
         self.register_buffer("projection_PD", projection_PD)
@@ -68,16 +79,30 @@ class RandomProjectionTokenizer(Float32Buffers):
 
     @torch.no_grad()
     def label_patches(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
-        """Returns labels_BN (int64, -1 at padding) of normalised filterbanks of any length."""
+        """Returns labels_BN (int64, -1 at padding) of normalised filterbanks of any length.
+
+        With several codebooks, labels_BNQ.
+        """
         with torch.autocast(fbank_BTF.device.type, enabled=False):
             patches_BNP, is_pad_BN = patchify(fbank_BTF.float(), num_frames_B, self.config.patch_size)
             if self.config.normalization == "standardize":
                 patches_BNP = F.layer_norm(patches_BNP, patches_BNP.shape[-1:])
-            score_BNV = (patches_BNP @ self.projection_PD) @ self.codebook_VD.t()
-            if self.config.normalization == "none":
-                # Nearest by distance: |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and |p| is the same for all codes.
-                score_BNV = score_BNV - 0.5 * self.codebook_VD.square().sum(dim=-1)
-            return score_BNV.argmax(dim=-1).masked_fill(is_pad_BN, -1)
+            labels = [
+                self._nearest(patches_BNP, projection_PD, codebook_VD).masked_fill(is_pad_BN, -1)
+                for projection_PD, codebook_VD in zip(
+                    self.projection_PD.split(self.config.code_dim, dim=1),
+                    self.codebook_VD.split(self.config.num_codes),
+                    strict=True,
+                )
+            ]
+            return labels[0] if len(labels) == 1 else torch.stack(labels, dim=-1)
+
+    def _nearest(self, patches_BNP: Tensor, projection_PD: Tensor, codebook_VD: Tensor) -> Tensor:
+        score_BNV = (patches_BNP @ projection_PD) @ codebook_VD.t()
+        if self.config.normalization == "none":
+            # Nearest by distance: |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and |p| is the same for all codes.
+            score_BNV = score_BNV - 0.5 * codebook_VD.square().sum(dim=-1)
+        return score_BNV.argmax(dim=-1)
 
 
 class TokenizerConfig(ModelConfig):

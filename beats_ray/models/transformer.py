@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, RelativeBias
+from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
 
 
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward block, post-norm with DeepNorm's residual scale, or pre-norm."""
 
-    def __init__(self, config: EncoderConfig, bias: RelativeBias) -> None:
+    def __init__(self, config: EncoderConfig, bias: nn.Module) -> None:
         super().__init__()
         self.pre_norm = config.pre_norm
         self.dropout = config.dropout
@@ -76,7 +76,10 @@ class TransformerStack(nn.Module):
         """Whether the layers' activations are recomputed in the backward pass instead of kept."""
         self.recompute_attention = True  # nothing of the size (B, H, N, N) is kept for the backward pass
         """Whether attention weights and gated bias are recomputed in the backward pass; None: on accelerators only."""
-        bias = RelativeBias(config.relative_buckets, config.num_heads, config.relative_max_distance)
+        sizes = (config.relative_buckets, config.num_heads, config.relative_max_distance)
+        bias: nn.Module = RelativeBias(*sizes)
+        if config.relative_bias_2d:
+            bias = GridRelativeBias(*sizes, config.patches_per_row)
         self.layers = nn.ModuleList(TransformerLayer(config, bias) for _ in range(config.num_layers))
         initialise_stack(self, config)
 
@@ -140,7 +143,8 @@ def initialise_stack(stack: nn.Module, config: EncoderConfig) -> None:
         attention = layer.self_attn
         if attention.relative_attention_bias is not seen_bias:
             seen_bias = attention.relative_attention_bias
-            nn.init.normal_(seen_bias.weight, std=0.02)
+            for table in seen_bias.parameters():
+                nn.init.normal_(table, std=0.02)
         if config.deep_norm:
             for linear in (attention.q_proj, attention.k_proj):
                 nn.init.xavier_normal_(linear.weight, gain=1.0)

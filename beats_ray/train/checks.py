@@ -27,7 +27,7 @@ from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.stage import check_output, is_complete
 from beats_ray.train.extras import identity_of_extras
-from beats_ray.train.flops import RunKind
+from beats_ray.train.flops import RunKind, num_codebooks_of_published
 from beats_ray.train.held_out import find_parts, part_mistakes
 
 RunConfig = PretrainConfig | DistillConfig | FinetuneConfig
@@ -89,6 +89,9 @@ def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[User
     _attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     _attempt(lambda: check_output(open_place(config.output), run_identity(config)), mistakes)
     manifest = inputs.manifest
+    if isinstance(config, PretrainConfig) and inputs.published is not None:
+        tokenizer = inputs.published
+        _attempt(lambda: _check_codebooks(config, tokenizer), mistakes)
     if isinstance(config, DistillConfig) and inputs.published is not None:
         published = inputs.published
         _attempt(lambda: _check_teacher_layer(config, published), mistakes)
@@ -219,6 +222,15 @@ def _check_labelled(kind: RunKind, data: StreamSettings, manifest: DatasetManife
         raise ConfigError(f"data.path={data.path}: has no labels to fine-tune on; give a labelled data set")
     if data.sampling == "balanced":
         raise ConfigError(f"data.sampling=balanced: {data.path} has no labels; use uniform")
+
+
+def _check_codebooks(config: PretrainConfig, published: dict[str, Any]) -> None:
+    books = num_codebooks_of_published(published)
+    if config.labels and books > 1:
+        raise ConfigError(
+            f"labels={config.labels}: a labels stage holds one label for each patch, and the tokenizer gives {books}; "
+            "leave labels empty, and they are computed on the fly"
+        )
 
 
 def _check_teacher_layer(config: DistillConfig, published: dict[str, Any]) -> None:

@@ -74,6 +74,12 @@ class DistillTask:
         depths = self.module.model.tokenizer.encoder.parameter_depths()
         return {f"model.tokenizer.encoder.{name}": depth for name, depth in depths.items()}
 
+    def frozen_steps(self) -> Mapping[str, int]:
+        return {}
+
+    def begin_step(self, step: int) -> None:
+        pass
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         teacher = self._teacher.to(batch.audio_BS.device)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
 from beats_ray.train.extras import check_keys
@@ -21,7 +21,9 @@ from beats_ray.train.optimizer import build_optimizer, learning_rate
 
 MASTER = "fp32"  # of a trained parameter
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-AVERAGE = "ema"  # of the masters over the steps; it lies in AdamW's state, where ZeRO finds and divides it
+AVERAGE = "ema"  # of the masters, moving or over the last points; in AdamW's state, where ZeRO finds and divides it
+STEP, UNFROZEN_STEP = "optimizer/step", "optimizer/unfrozen_step"
+"""AdamW's step, and that of the parameter groups that were frozen at first: the steps in which they moved."""
 
 
 def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any]:
@@ -82,7 +84,13 @@ class Engine:
     targets of the *global* batch (see `loop.py`); the engine undoes DeepSpeed's own averaging.
     """
 
-    def __init__(self, module: nn.Module, settings: TrainSettings, depths: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: TrainSettings,
+        depths: Mapping[str, int] | None = None,
+        frozen_steps: Mapping[str, int] | None = None,
+    ) -> None:
         import deepspeed
 
         # Without this DeepSpeed compiles a shared-memory all-reduce for a minute when it first runs on a CPU.
@@ -92,18 +100,19 @@ class Engine:
         self._accumulation_steps = settings.accumulation_steps(dist.get_world_size())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module, settings, depths),
+            optimizer=build_optimizer(module, settings, depths, frozen_steps),
             config=deepspeed_config(settings, dist.get_world_size()),
             dist_init_required=False,
         )
         self._norm = 0.0  # without ZeRO, where DeepSpeed computes none
         if settings.precision == "fp16":  # DeepSpeed ends the run there; the loop does, and names the clips
             self._optimizer.loss_scaler.raise_error_at_min_scale = False
-        self._state_keys = (*MOMENTS, AVERAGE) if settings.ema_decay else MOMENTS
-        self._published_key = AVERAGE if settings.ema_decay else MASTER
-        if settings.ema_decay:
+        self._state_keys = (*MOMENTS, AVERAGE) if settings.averages_weights else MOMENTS
+        self._steps_done = 0
+        if settings.averages_weights or frozen_steps:
             self._begin_state(step=0)
-            for flat in self._flat_parameters():
+        if settings.averages_weights:
+            for _, flat in self._flat_parameters():
                 self._adamw.state[flat][AVERAGE].copy_(flat.detach())
         if settings.compile:  # in place: names stay
             self._engine.compile(compile_kwargs={"dynamic": False})
@@ -144,24 +153,50 @@ class Engine:
         if last_micro_batch:
             rate = learning_rate(step, self._settings)
             for group in self._optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
+                group["lr"] = 0.0 if self._is_frozen(group, step) else rate * group.get("lr_scale", 1.0)
+            self._steps_done = step + 1
         if last_micro_batch and not self._settings.zero_stage and not self._gradients_are_finite():
             self._engine.zero_grad()
             self._engine.micro_steps += 1  # all else that `step` does is to move the weights
-            return False
-        self._engine.step()
-        if not last_micro_batch:
-            return True
-        moved = not getattr(self._optimizer, "overflow", False)
-        if moved and self._settings.ema_decay:
-            self._move_average()
+            moved = False
+        else:
+            self._engine.step()
+            if not last_micro_batch:
+                return True
+            moved = not getattr(self._optimizer, "overflow", False)
+        self._hold_frozen(step)
+        self._move_average(moved)
         return moved
 
-    def _move_average(self) -> None:
+    @staticmethod
+    def _is_frozen(group: Mapping[str, Any], step: int) -> bool:
+        return step < int(group.get("frozen_steps", 0))
+
+    def _hold_frozen(self, step: int) -> None:
+        """AdamW counts no step of what did not move, or its bias corrections would be wrong when it does.
+
+        Without a gradient and at rate 0 weights and moments stay as they are by themselves.
+        """
+        for group, flat in self._flat_parameters():
+            if self._is_frozen(group, step):
+                self._adamw.state[flat]["step"].zero_()
+
+    def _move_average(self, moved: bool) -> None:
         """Every worker moves its own part of the average: no communication."""
-        weights = list(self._flat_parameters())
-        averages = [self._adamw.state[flat][AVERAGE] for flat in weights]
-        get_ema_multi_avg_fn(self._settings.ema_decay)(averages, weights, 0)
+        point = self._settings.average_point(self._steps_done)
+        if point:
+            move = get_swa_multi_avg_fn()
+        elif self._settings.ema_decay and moved:
+            move = get_ema_multi_avg_fn(self._settings.ema_decay)
+        else:
+            return
+        weights = [flat for _, flat in self._flat_parameters()]
+        move([self._adamw.state[flat][AVERAGE] for flat in weights], weights, point - 1)
+
+    @property
+    def _has_average(self) -> bool:
+        """Whether there is an average to be used: a moving one always, that of the last points from the first one."""
+        return bool(self._settings.ema_decay) or self._settings.first_average_step <= self._steps_done
 
     def _gradients_are_finite(self) -> bool:
         """Of a run without ZeRO, where all ranks hold the same gradients; ZeRO looks by itself."""
@@ -191,8 +226,8 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The weights are their moving average while the block runs, if there is one; all ranks must enter it."""
-        if not self._settings.ema_decay:
+        """The weights are their average while the block runs, if there is one; all ranks must enter it."""
+        if not self._has_average:
             yield
             return
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -225,7 +260,9 @@ class Engine:
                     parts[f"{name}/{key}" if key else name] = _to_cpu(value)
         if rank == 0:
             parts |= {name: _to_cpu(buffer) for name, buffer in self.module.named_buffers()}
-            parts["optimizer/step"] = torch.tensor(self._optimizer_step(), dtype=torch.float32)
+            parts[STEP] = torch.tensor(self._optimizer_step(), dtype=torch.float32)
+            if any(group.get("frozen_steps") for group in self._adamw.param_groups):
+                parts[UNFROZEN_STEP] = torch.tensor(self._optimizer_step(unfrozen=True), dtype=torch.float32)
             parts |= {f"loss_scale/{name}": torch.tensor(value) for name, value in self._loss_scale().items()}
         return parts
 
@@ -244,7 +281,8 @@ class Engine:
         if found != expected:
             differing = min(expected ^ found)
             raise RuntimeError(f"the checkpoint is of another model: {differing!r} is only in one of the two")
-        self._begin_state(float(state["optimizer/step"]))
+        step = float(state[STEP])
+        self._begin_state(step, float(state.get(UNFROZEN_STEP, step)))
         with torch.no_grad():
             for name, buffer in buffers.items():
                 buffer.copy_(state[name])
@@ -261,14 +299,16 @@ class Engine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Every weight to be published, whole, on the CPU, trained ones in fp32; all ranks must call it.
 
-        Of a trained one that is its moving average where there is one.
+        Of a trained one that is its average where there is one. A parameter that several names share (the relative
+        bias of all layers) has the same value under each.
         """
-        trained = {
-            name: _to_cpu(self._whole(parameter, self._published_key if parameter.requires_grad else ""))
-            for name, parameter in self.module.named_parameters()
-        }
-        rest = {name: value for name, value in self.module.state_dict().items() if name not in trained}
-        return trained | {name: _to_cpu(value) for name, value in rest.items()}
+        key = AVERAGE if self._has_average else MASTER
+        whole: dict[nn.Parameter, torch.Tensor] = {}
+        for parameter in self.module.parameters():
+            whole[parameter] = _to_cpu(self._whole(parameter, key if parameter.requires_grad else ""))
+        named = {name: whole[one] for name, one in self.module.named_parameters(remove_duplicate=False)}
+        rest = {name: value for name, value in self.module.state_dict().items() if name not in named}
+        return named | {name: _to_cpu(value) for name, value in rest.items()}
 
     # --- one parameter, whole, under any ZeRO stage -------------------------------------------------------------------
 
@@ -335,23 +375,33 @@ class Engine:
         inner: torch.optim.AdamW = getattr(self._optimizer, "optimizer", self._optimizer)
         return inner
 
-    def _flat_parameters(self) -> Iterator[torch.Tensor]:
-        """What AdamW holds state for: parameters, or under ZeRO this rank's flat parts of them."""
+    def _flat_parameters(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """What AdamW holds state for, each with its group: parameters, or under ZeRO this rank's flat parts of them."""
+        groups = self._adamw.param_groups
         if self._settings.zero_stage == 3:
-            yield from self._optimizer.fp32_partitioned_groups_flat
+            for index, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
+                yield groups[self._optimizer.sub_group_to_group_id[index]], flat
         elif self._settings.zero_stage:
-            yield from self._optimizer.single_partition_of_fp32_groups
+            yield from zip(groups, self._optimizer.single_partition_of_fp32_groups, strict=True)
         else:
-            for group in self._adamw.param_groups:
-                yield from group["params"]
+            for group in groups:
+                yield from ((group, parameter) for parameter in group["params"])
 
-    def _optimizer_step(self) -> float:
-        return max((float(state["step"]) for state in self._adamw.state.values()), default=0.0)
+    def _optimizer_step(self, unfrozen: bool = False) -> float:
+        """Steps that AdamW has made; with `unfrozen` those of the groups that were frozen at first."""
+        state = self._adamw.state
+        steps = [
+            float(state[flat]["step"])
+            for group, flat in self._flat_parameters()
+            if flat in state and (not unfrozen or group.get("frozen_steps"))
+        ]
+        return max(steps, default=0.0)
 
-    def _begin_state(self, step: float) -> None:
-        for flat in self._flat_parameters():
+    def _begin_state(self, step: float, unfrozen_step: float | None = None) -> None:
+        for group, flat in self._flat_parameters():
             state = self._adamw.state[flat]
-            state["step"] = torch.tensor(step, device=flat.device if self._settings.use_gpu else "cpu")
+            one = step if unfrozen_step is None or not group.get("frozen_steps") else unfrozen_step
+            state["step"] = torch.tensor(one, device=flat.device if self._settings.use_gpu else "cpu")
             for key in self._state_keys:
                 state[key] = torch.zeros_like(flat)
         self._link_moments()

@@ -80,7 +80,8 @@ def tokenizer_flops(published: Mapping[str, Any], patches: int) -> int:
     settings = published["config"]["tokenizer"]
     if published["kind"] == "random_projection_tokenizer":
         size, width, codes = settings["patch_size"] ** 2, settings["code_dim"], settings["num_codes"]
-        return linear_flops(patches, size, width) + linear_flops(patches, width, codes)
+        one = linear_flops(patches, size, width) + linear_flops(patches, width, codes)
+        return num_codebooks_of_published(published) * one
     encoder = EncoderConfig.model_validate(settings["encoder"])
     quantizer = settings["quantizer"]
     window = settings["window_frames"] // encoder.patch_size * encoder.patches_per_row
@@ -116,7 +117,7 @@ def masked_counts(patches: int, masking: MaskingSettings) -> tuple[int, int]:
 def pretrain_flops(
     config: EncoderConfig,
     predictor_layers: int,
-    num_codes: int,
+    num_logits: int,
     patches: int,
     masking: MaskingSettings,
     positions: Literal["true", "compact"] = "true",
@@ -125,13 +126,14 @@ def pretrain_flops(
 
     The encoder runs over visible patches (its position convolution over the whole grid unless positions are compact),
     the predictor over visible and target ones, its last layer's queries and the head over targets alone.
+    num_logits: of a target, the codes of all codebooks.
     """
     visible, targets = masked_counts(patches, masking)
     grid = patches if positions == "true" else visible
     forward = encoder_flops(config, visible, grid_patches=grid)
     forward += linear_flops(visible, config.width, config.width)
     forward += stack_flops(config, predictor_layers, visible + targets, last_queries=targets)
-    forward += linear_flops(targets, config.width, num_codes)
+    forward += linear_flops(targets, config.width, num_logits)
     return 3 * forward - patch_embedding_flops(config, visible)
 
 
@@ -155,10 +157,15 @@ def distill_flops(
     return 3 * forward - patch_embedding_flops(config, patches) + frozen
 
 
-def finetune_flops(config: EncoderConfig, num_classes: int, patches: int) -> int:
-    """Forward and backward of one clip of fine-tuning."""
-    forward = encoder_flops(config, patches) + linear_flops(patches, config.width, num_classes)
-    return 3 * forward - patch_embedding_flops(config, patches)
+def finetune_flops(config: EncoderConfig, num_outputs: int, patches: int, is_frozen: bool = False) -> int:
+    """Forward and backward of one clip of fine-tuning; of a frozen encoder the forward pass alone.
+
+    num_outputs: of the head for each patch, classes and a score where it pools by attention.
+    """
+    encoder, head = encoder_flops(config, patches), linear_flops(patches, config.width, num_outputs)
+    if is_frozen:  # nor has the head's input a gradient
+        return encoder + 2 * head
+    return 3 * (encoder + head) - patch_embedding_flops(config, patches)
 
 
 def step_flops_per_clip(
@@ -167,7 +174,7 @@ def step_flops_per_clip(
     published: Mapping[str, Any],
     num_classes: int = 0,
 ) -> int:
-    """The model FLOPs of one clip in a training step of this run.
+    """The model FLOPs of one clip in a training step of this run, the mean over its steps.
 
     published: the description (`config.json`, `describe_model`) of the tokenizer, teacher or encoder that the run
     starts from. num_classes: of the data set, for fine-tuning.
@@ -178,7 +185,7 @@ def step_flops_per_clip(
         flops = pretrain_flops(
             encoder,
             config.predictor.num_layers,
-            num_codes_of_published(published),
+            num_codebooks_of_published(published) * num_codes_of_published(published),
             patches,
             config.masking,
             config.encoder.positions,
@@ -191,13 +198,23 @@ def step_flops_per_clip(
         return distill_flops(encoder, chosen.code_dim, chosen.num_codes, teacher, patches, chosen.teacher_layer)
     assert kind == "finetune", kind
     encoder = EncoderConfig.model_validate(published["config"]["encoder"])
-    return finetune_flops(encoder, num_classes, patches_of(config.data.clip_seconds, encoder))
+    patches = patches_of(config.data.clip_seconds, encoder)
+    outputs = num_classes + (config.pooling == "attention")
+    frozen_steps = config.train.steps if config.freeze_encoder else config.freeze_encoder_steps
+    frozen = frozen_steps * finetune_flops(encoder, outputs, patches, is_frozen=True)
+    tuned = (config.train.steps - frozen_steps) * finetune_flops(encoder, outputs, patches)
+    return round((frozen + tuned) / config.train.steps)
 
 
 def num_codes_of_published(tokenizer: Mapping[str, Any]) -> int:
-    """Size of a published tokenizer's codebook, by its description."""
+    """Size of a published tokenizer's codebook, or of each of several, by its description."""
     settings = tokenizer["config"]["tokenizer"]
     return int(settings.get("quantizer", settings)["num_codes"])
+
+
+def num_codebooks_of_published(tokenizer: Mapping[str, Any]) -> int:
+    """Labels that a published tokenizer gives each patch."""
+    return int(tokenizer["config"]["tokenizer"].get("num_codebooks", 1))
 
 
 # --- what a GPU can do ------------------------------------------------------------------------------------------------

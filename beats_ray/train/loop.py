@@ -56,6 +56,14 @@ class Task(Protocol):
         """Depth of each parameter, for layer-wise learning-rate decay."""
         ...
 
+    def frozen_steps(self) -> Mapping[str, int]:
+        """First optimizer steps in which a parameter stays as it is, where there are any."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Called before each optimizer step (0-based), before its micro-batches are prepared."""
+        ...
+
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         """The inputs for a micro-batch, which is on the training device already."""
         ...
@@ -101,7 +109,7 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
         output / "checkpoints", context, settings.keep_checkpoints, settings.storage_retry_seconds
     )
     recoveries = count_recoveries(output, context, settings.storage_retry_seconds)
-    engine = Engine(task.module, settings, task.depths())
+    engine = Engine(task.module, settings, task.depths(), task.frozen_steps())
     first_step = checkpoints.restore(engine)
     with contextlib.ExitStack() as running:
         batches = source.training(first_step)
@@ -120,7 +128,7 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
         )
 
         for step in range(first_step, settings.steps):
-            _seed_dropout(settings.seed, step, context.rank)
+            _begin_step(task, settings.seed, step, context.rank)
             look_due = notices.due()
             prepared = [
                 _fetch(task, batches, settings, context, meter)
@@ -219,7 +227,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over all held-out clips, exact over workers; names begin with `validation/` or `test/`.
 
-    Of the averaged weights, where `train.ema_decay` keeps them: those that are published.
+    Of the averaged weights where there are any (`train.ema_decay`, `train.average_last`): those that are published.
     """
     clips = source.held_out(part)
     if clips is None:
@@ -282,5 +290,7 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
+def _begin_step(task: Task, seed: int, step: int, rank: int) -> None:
+    """Seeds what draws from PyTorch's own generator, dropout and layer drop, and tells the task."""
     torch.manual_seed(seed_of(seed, step, rank))
+    task.begin_step(step)

@@ -27,6 +27,7 @@ from beats_ray.train.flops import (
     Precision,
     RunKind,
     masked_counts,
+    num_codebooks_of_published,
     num_codes_of_published,
     patches_of,
 )
@@ -121,7 +122,8 @@ def _stack(
 
 def _bias(config: EncoderConfig, batch: _Batch, patches: int, per_clip: bool) -> Activations:
     one = config.num_heads * patches * patches * batch.value_bytes
-    nbytes = batch.clips * (one + INDEX_BYTES * patches * patches) if per_clip else one
+    indices = INDEX_BYTES * (1 + config.relative_bias_2d) * patches * patches
+    nbytes = batch.clips * (one + indices) if per_clip else one
     return Activations(nbytes, nbytes)
 
 
@@ -138,7 +140,18 @@ def _encoder(config: EncoderConfig, batch: _Batch, patches: int, grid: int, per_
     return total + _bias(config, batch, patches, per_clip_bias) + layers
 
 
-def _pretrain(config: PretrainConfig, batch: _Batch, num_codes: int) -> Activations:
+def _frozen_encoder(config: EncoderConfig, batch: _Batch, patches: int) -> Activations:
+    """The encoder without a gradient: layers come and go, but for their outputs, which it returns together."""
+    normed = config.width * (config.width // config.conv_pos_groups) * config.conv_pos_kernel * batch.value_bytes
+    shared = _bias(config, batch, patches, per_clip=False).kept_bytes + normed
+    outputs = config.num_layers * patches * config.width
+    attention = 4 * patches * config.width + config.num_heads * patches**2  # the gated bias
+    feed_forward = 2 * patches * (config.width + config.ffn_width)
+    working = shared + batch.kept(outputs + max(attention, feed_forward)).kept_bytes
+    return batch.kept(patches * config.width).working_on(working)
+
+
+def _pretrain(config: PretrainConfig, batch: _Batch, num_logits: int) -> Activations:
     encoder = config.encoder.resolve()
     patches = patches_of(config.data.clip_seconds, encoder)
     visible, targets = masked_counts(patches, config.masking)
@@ -146,7 +159,7 @@ def _pretrain(config: PretrainConfig, batch: _Batch, num_codes: int) -> Activati
     total = _encoder(encoder, batch, visible, patches if true else visible, per_clip_bias=true)
     total += _bias(encoder, batch, visible + targets, per_clip=True)
     total += _stack(encoder, batch, config.predictor.num_layers, visible + targets, targets)
-    logits = targets * num_codes
+    logits = targets * num_logits
     head = batch.kept(2 * targets * encoder.width, logits)
     return total + head.working_on(batch.kept(0, LOGIT_COPIES * logits).kept_bytes)
 
@@ -166,8 +179,12 @@ def _distill(config: DistillConfig, batch: _Batch, teacher_width: int) -> Activa
 
 def _finetune(config: FinetuneConfig, batch: _Batch, encoder: EncoderConfig, num_classes: int) -> Activations:
     patches = patches_of(config.data.clip_seconds, encoder)
-    total = _encoder(encoder, batch, patches, patches, per_clip_bias=False)
-    return total + NOTHING.working_on(batch.kept(0, 2 * patches * num_classes).kept_bytes)
+    if config.freeze_encoder:
+        total = _frozen_encoder(encoder, batch, patches)
+    else:
+        total = _encoder(encoder, batch, patches, patches, per_clip_bias=False)
+    head = batch.kept(0, patches * (num_classes + 1))  # logits and weights of the patches
+    return total + head.working_on(batch.kept(0, patches * num_classes).kept_bytes)
 
 
 def step_activations(
@@ -187,7 +204,8 @@ def step_activations(
     batch = _Batch(train.micro_batch_size, value_bytes(train.precision), checkpointed)
     if isinstance(config, PretrainConfig):
         inputs = _inputs(batch, config, config.encoder.resolve())
-        return inputs + _pretrain(config, batch, num_codes_of_published(published))
+        num_logits = num_codebooks_of_published(published) * num_codes_of_published(published)
+        return inputs + _pretrain(config, batch, num_logits)
     source = EncoderConfig.model_validate(published["config"]["encoder"])
     if isinstance(config, DistillConfig):
         inputs = _inputs(batch, config, config.encoder.resolve(), source.width)
@@ -227,7 +245,7 @@ class TrainingState:
     moments: int
     """AdamW's two moments."""
     average: int
-    """Moving average of the masters, with `train.ema_decay`."""
+    """Average of the masters, with `train.ema_decay` or `train.average_last`."""
     buckets: int
     """DeepSpeed's buffer of gradients on their way between workers."""
     host: int = 0
@@ -258,7 +276,7 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
             masters=masters,
             gradients=size * trained,
             moments=2 * FP32_BYTES * trained,
-            average=FP32_BYTES * trained if settings.ema_decay else 0,
+            average=FP32_BYTES * trained if settings.averages_weights else 0,
             buckets=0,
         )
     weights = size * trained
@@ -273,7 +291,7 @@ def training_state(zero_stage: int, settings: TrainSettings, trained: int, froze
         masters=FP32_BYTES * part,
         gradients=gradients,
         moments=2 * FP32_BYTES * part,
-        average=FP32_BYTES * part if settings.ema_decay else 0,
+        average=FP32_BYTES * part if settings.averages_weights else 0,
         buckets=bucket * (accumulated if zero_stage == 1 else size),
     )
     if settings.optimizer_is_offloaded:

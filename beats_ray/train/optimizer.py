@@ -22,20 +22,24 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 def parameter_groups(
-    module: nn.Module, settings: TrainSettings, depths: Mapping[str, int] | None = None
+    module: nn.Module,
+    settings: TrainSettings,
+    depths: Mapping[str, int] | None = None,
+    frozen_steps: Mapping[str, int] | None = None,
 ) -> list[dict[str, object]]:
     """AdamW groups of the trainable parameters.
 
     `depths` gives each parameter's depth (0 = input side). A parameter's learning rate is multiplied by
     `layer_decay` once for each level between its depth and the deepest one; names that `depths` lacks are taken as
-    deepest. Biases and norms (one-dimensional parameters) get no weight decay. Each group carries `lr_scale`.
+    deepest. Biases and norms (one-dimensional parameters) get no weight decay. Each group carries `lr_scale`, and
+    `frozen_steps`: in so many first steps it does not move.
     """
-    depths = depths or {}
+    depths, frozen_steps = depths or {}, frozen_steps or {}
     deepest = max(depths.values(), default=0)
-    groups: dict[tuple[int, bool], list[torch.Tensor]] = {}
+    groups: dict[tuple[int, bool, int], list[torch.Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            key = (depths.get(name, deepest), parameter.ndim > 1)
+            key = (depths.get(name, deepest), parameter.ndim > 1, frozen_steps.get(name, 0))
             groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -43,17 +47,21 @@ def parameter_groups(
             "lr": settings.learning_rate,
             "lr_scale": settings.layer_decay ** (deepest - depth),
             "weight_decay": settings.weight_decay if decays else 0.0,
+            "frozen_steps": frozen,
         }
-        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (depth, decays, frozen), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def build_optimizer(
-    module: nn.Module, settings: TrainSettings, depths: Mapping[str, int] | None = None
+    module: nn.Module,
+    settings: TrainSettings,
+    depths: Mapping[str, int] | None = None,
+    frozen_steps: Mapping[str, int] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; fused where it moves on a GPU."""
     return torch.optim.AdamW(
-        parameter_groups(module, settings, depths),
+        parameter_groups(module, settings, depths, frozen_steps),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,

@@ -30,8 +30,13 @@ from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.data.storage import open_place
 from beats_ray.models.config import EncoderConfig
 from beats_ray.train.checks import PLACES, ConfigT, RunConfig, find_mistakes, keep_batch, read_inputs, training_part
-from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
-from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
+from beats_ray.train.flops import (
+    RunKind,
+    num_codebooks_of_published,
+    num_codes_of_published,
+    step_flops_per_clip,
+)
+from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state, value_bytes
 
 CHECKPOINT_VALUES = 3  # fp32, of a trained parameter: its master weight and AdamW's two moments
 KINDS: dict[type, RunKind] = {PretrainConfig: "pretrain", DistillConfig: "distill", FinetuneConfig: "finetune"}
@@ -43,11 +48,11 @@ class ModelSize:
 
     trained: int
     frozen: int
-    """Parameters of the teacher or of a tokenizer that labels on the fly."""
+    """Parameters of the teacher, of a tokenizer that labels on the fly, or of an encoder that is not trained."""
     frozen_bytes: int
-    """The same in fp32, with a random projection's matrices, which are no parameters."""
+    """The same, of models beside the trained one in fp32 and with a random projection's matrices, no parameters."""
     buffer_bytes: int
-    """State of the trained module that no optimizer moves, such as a codebook."""
+    """State of the trained module that no optimizer moves: a codebook, a frozen encoder."""
     published_bytes: int
     """The weights of the model that the run publishes."""
 
@@ -101,7 +106,7 @@ class RunPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """One resume checkpoint: fp32 masters, two moments, the moving average where there is one, buffers."""
-        values = CHECKPOINT_VALUES + bool(self.train.ema_decay)
+        values = CHECKPOINT_VALUES + self.train.averages_weights
         return values * FP32_BYTES * self.size.trained + self.size.buffer_bytes
 
     @property
@@ -153,12 +158,15 @@ def measure_model(config: RunConfig, manifest: DatasetManifest, published: Mappi
         module, product, frozen = _build(config, manifest, published)
     frozen_values = sum(one.numel() for one in frozen.state_dict().values()) if frozen is not None else 0
     if isinstance(config, PretrainConfig) and not config.labels and frozen is None:
-        frozen_values = _random_projection_values(published["config"]["tokenizer"])
+        one = _random_projection_values(published["config"]["tokenizer"])
+        frozen_values = num_codebooks_of_published(published) * one
+    held = sum(one.numel() for one in module.parameters() if not one.requires_grad)
+    held_bytes = value_bytes(config.train.precision) * held
     return ModelSize(
         trained=sum(one.numel() for one in module.parameters() if one.requires_grad),
-        frozen=sum(one.numel() for one in frozen.parameters()) if frozen is not None else 0,
-        frozen_bytes=FP32_BYTES * frozen_values,
-        buffer_bytes=sum(one.nbytes for one in module.buffers()),
+        frozen=held + (sum(one.numel() for one in frozen.parameters()) if frozen is not None else 0),
+        frozen_bytes=held_bytes + FP32_BYTES * frozen_values,
+        buffer_bytes=held_bytes + sum(one.nbytes for one in module.buffers()),
         published_bytes=sum(one.nbytes for one in product.state_dict().values()),
     )
 
@@ -172,7 +180,8 @@ def _build(
     if isinstance(config, PretrainConfig):
         from beats_ray.train.pretrain import PretrainTask
 
-        pretraining = PretrainTask(config, num_codes_of_published(published), None).module
+        codes, codebooks = num_codes_of_published(published), num_codebooks_of_published(published)
+        pretraining = PretrainTask(config, codes, None, codebooks).module
         frozen: nn.Module | None = None
         if not config.labels and published["kind"] == "self_distilled_tokenizer":
             frozen = SelfDistilledTokenizer(TokenizerConfig.model_validate(published["config"]["tokenizer"]))
@@ -269,7 +278,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 
 def _show_memory(plan: RunPlan, console: Console) -> None:
-    parts = ["weights", "masters", "gradients", "moments", *["average"] * bool(plan.train.ema_decay), "buckets"]
+    parts = ["weights", "masters", "gradients", "moments", *["average"] * plan.train.averages_weights, "buckets"]
     columns = ["ZeRO", *parts, "activations", "total"]
     rows = []
     for checkpointed in (False, True):

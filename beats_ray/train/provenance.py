@@ -7,26 +7,19 @@ and for training, validation and test the folds and splits, where an empty list 
 from typing import Any
 
 from beats_ray.config import FinetuneConfig
-from beats_ray.data.manifest import NO_FOLD, DatasetManifest, shards_fingerprint
-from beats_ray.train.checks import training_folds
+from beats_ray.data.manifest import DatasetManifest, shards_fingerprint
+from beats_ray.train.held_out import find_parts
 
 PARTS = ("training", "validation", "test")
 
 
 def describe_data(config: FinetuneConfig, manifest: DatasetManifest) -> dict[str, Any]:
     """The record of a fine-tuning run."""
-    splits = list(config.data.splits)
-
-    def part(fold: int) -> dict[str, Any] | None:
-        return None if fold == NO_FOLD else {"folds": [fold], "splits": splits}
-
     return {
         "path": config.data.path,
         "name": manifest.name,
         "shards": shards_fingerprint(manifest),
-        "training": {"folds": list(training_folds(config, manifest)), "splits": splits},
-        "validation": part(config.folds.validation_fold),
-        "test": part(config.folds.test_fold),
+        **find_parts(config, manifest).as_record(),
     }
 
 

@@ -64,10 +64,11 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
     """The task object of a run, and the description of the published model it starts from, fetched from storage."""
     config = run.config
     if run.kind == "pretrain":
-        from beats_ray.train.pretrain import PretrainTask, num_codes_of
+        from beats_ray.train.pretrain import PretrainTask, num_codebooks_of, num_codes_of
 
         tokenizer: Any = load_published(open_place(config.tokenizer))
-        task = PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
+        on_the_fly = None if config.labels else tokenizer
+        task = PretrainTask(config, num_codes_of(tokenizer), on_the_fly, num_codebooks_of(tokenizer))
         return task, describe_model(tokenizer)
     if run.kind == "distill":
         from beats_ray.train.distill import DistillTask

@@ -152,15 +152,28 @@ def test_a_step_of_tokenizer_training(preset: str, teacher_layer: int | None) ->
 
 
 @pytest.mark.parametrize("preset", ["tiny", "mini"])
-def test_a_step_of_fine_tuning(preset: str) -> None:
-    config = load_config(FinetuneConfig, None, [f"data.clip_seconds={SECONDS}"], output="o")
+@pytest.mark.parametrize(("overrides", "passes"), [((), 3), (("pooling=attention",), 3), (("freeze_encoder=true",), 1)])
+def test_a_step_of_fine_tuning(preset: str, overrides: tuple[str, ...], passes: int) -> None:
+    config = load_config(FinetuneConfig, None, [f"data.clip_seconds={SECONDS}", *overrides], output="o")
     encoder = BeatsEncoder(encoder_config(preset))
     task = FinetuneTask(config, encoder, _Labels())
     values, frames_B = fbank()
     flops = counted(task.module, values, frames_B, torch.eye(7)[:CLIPS])
     expected = step_flops_per_clip("finetune", config, describe_model(encoder), num_classes=7)
-    assert flops == CLIPS * (expected + 3 * one_place(encoder.config))
-    assert 3 * one_place(encoder.config) < 0.01 * expected
+    assert flops == CLIPS * (expected + passes * one_place(encoder.config))
+    assert passes * one_place(encoder.config) < 0.01 * expected
+
+
+def test_the_flops_of_an_encoder_that_is_frozen_at_first_are_the_mean_over_the_run() -> None:
+    published = describe_model(BeatsEncoder(encoder_config("tiny")))
+
+    def flops(*overrides: str) -> int:
+        config = load_config(FinetuneConfig, None, ["data.clip_seconds=2", "train.steps=1000", *overrides], output="o")
+        return step_flops_per_clip("finetune", config, published, num_classes=7)
+
+    tuned, frozen = flops(), flops("freeze_encoder=true")
+    assert frozen < 0.36 * tuned
+    assert flops("freeze_encoder_steps=250") == pytest.approx(0.25 * frozen + 0.75 * tuned, rel=1e-6)
 
 
 class _Labels:

@@ -132,6 +132,7 @@ CASES = [
     (pretraining, ("masking.max_targets=20",)),
     (distilling, ()),
     (finetuning, ()),
+    (finetuning, ("freeze_encoder=true",)),
 ]
 
 
