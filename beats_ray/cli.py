@@ -89,6 +89,12 @@ COMMANDS = {
         "Run whole BEATs iterations, from where they stopped.",
         ("data.path",),
     ),
+    "convergence": Command(
+        config.ConvergenceConfig,
+        "convergence:run_convergence",
+        "Show over several seeds whether pre-training helps.",
+        ("data.path", "judged"),
+    ),
     "evaluate": Command(
         config.EvaluateConfig,
         "evaluate:run_evaluate",
@@ -313,10 +319,14 @@ def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
-def report(run_folder: str) -> None:
+@click.option("--curves", metavar="DIR", help="Write loss and perplexity of every iteration there too, as SVG files.")
+def report(run_folder: str, curves: str | None) -> None:
     """Write report.html of a run, finished or not."""
     _require_exists("run", run_folder)
-    Console().written(_load("report:write_report")(run_folder))
+    written = _load("report:write_report")(run_folder)
+    if curves is not None:
+        written += _load("report:write_curves")([run_folder], curves)
+    Console().written(written)
 
 
 def split_arguments(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -1,9 +1,9 @@
 """Typed configuration: frozen pydantic models, YAML files and `section.field=value` overrides.
 
 One job, one config class: `PrepareConfig`, `PretrainConfig`, `DistillConfig`, `TokenizeConfig`, `FinetuneConfig`,
-`SweepConfig`, `EvaluateConfig`, `CrossValidateConfig`, `IterateConfig`. The classes share their sections, so
-`train.steps` means the same thing everywhere. `load_config` is the one way in; it turns every mistake into a
-`ConfigError` of one line that names the field, the value, the rule and the remedy.
+`SweepConfig`, `EvaluateConfig`, `CrossValidateConfig`, `IterateConfig`, `ConvergenceConfig`. The classes share their
+sections, so `train.steps` means the same thing everywhere. `load_config` is the one way in; it turns every mistake into
+a `ConfigError` of one line that names the field, the value, the rule and the remedy.
 
     config = load_config(PretrainConfig, "jobs/pretrain.yaml", ["train.steps=1000", "encoder.preset=tiny"])
 
@@ -849,3 +849,19 @@ class IterateConfig(TrainingJob):
     sweep: SweepSettings = SweepSettings()
     probe: ProbeSettings = ProbeSettings()
     inference: InferenceSettings = InferenceSettings()
+
+
+class ConvergenceConfig(IterateConfig):
+    judged: str = ""
+    """Prepared, labelled data set whose folds judge every encoder; its clips are trained on only where they are in
+    `data.path` too."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of everything random in a run: weights, order, masks, random projection. More may be added later."""
+    compact: bool = True
+    """Whether iteration 1 is run with compact positions too, by the same budget."""
+    minutes: PositiveFloat | None = None
+    """Minutes for each pre-training, a quarter of it for each tokenizer: their steps, warm-up and checkpoints then
+    follow. None leaves `pretrain.train` and `distill.train` as they are."""
+    clips_per_s: PositiveFloat = 40.0
+    """Rate by which `minutes` becomes steps, clips/s: what the machine at hand trains. It is a setting, and not
+    measured, so that a run that is repeated has the same steps."""

@@ -7,6 +7,7 @@
 What a run has not got (yet) is said to be absent.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import jinja2
@@ -14,6 +15,7 @@ import jinja2
 from beats_ray.data.storage import open_place
 from beats_ray.reporting.evaluations import evaluations
 from beats_ray.reporting.operations import data_health, loading, settings, throughput
+from beats_ray.reporting.pictures import Points, curves_picture
 from beats_ray.reporting.results import (
     COLUMNS,
     codebooks,
@@ -40,6 +42,36 @@ def write_report(run: str) -> list[tuple[str, str]]:
     (place / "leaderboard.md").write_bytes(leaderboard_markdown(rows).encode())
     (place / "report.html").write_bytes(render(contents).encode())
     return [("report", (place / "report.html").uri), ("leaderboard", (place / "leaderboard.md").uri)]
+
+
+def write_curves(runs: Sequence[str], folder: str) -> list[tuple[str, str]]:
+    """Writes loss.svg and perplexity.svg of runs that differ in their seed to the folder; what a run lacks is left out.
+
+    The curves of an iteration have one colour; dashed is the loss of predicting without a model (`clip_band_loss`).
+    """
+    contents = [read_run(open_place(run)) for run in runs]
+    numbers = sorted({index for run in contents for index in run.iterations if index > 0})
+
+    def series(metric: str) -> dict[str, list[Points]]:
+        return {
+            f"iteration {index}": [
+                run.iterations[index]["pretrain"].series(metric) for run in contents if index in run.iterations
+            ]
+            for index in numbers
+        }
+
+    losses = curves_picture(
+        "masked pre-training: loss", series("train/loss"), "nats per masked patch", series("train/clip_band_loss")
+    )
+    perplexities = curves_picture(
+        "masked pre-training: perplexity of the labels", series("labels/perplexity"), "codes", {}
+    )
+    written = []
+    for name, picture in (("loss.svg", losses), ("perplexity.svg", perplexities)):
+        place = open_place(folder) / name
+        place.write_bytes(picture)
+        written.append(("curves", place.uri))
+    return written
 
 
 def render(run: Run) -> str:

@@ -25,6 +25,7 @@ from beats_ray.inference import (
     missing_shards,
     write_shard,
 )
+from beats_ray.train.codebook_health import REMEDIES, is_collapsed
 
 RESULT_FILE = "labels.json"
 SOURCE_FILE = "source.json"  # written first: what an unfinished OUTPUT belongs to
@@ -62,6 +63,8 @@ def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, st
     }
     (output / RESULT_FILE).write_json(result)
     console.note(f"{result['used_code_fraction']:.1%} of {num_codes} codes used, perplexity {result['perplexity']:.1f}")
+    if is_collapsed(result["perplexity"], num_codes, result["patches"]):
+        console.note(f"warning: the tokenizer has collapsed: train it anew; {REMEDIES['tokenizer']}")
     return written
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from beats_ray.models.fbank import num_patch_rows, zero_past_end
 
+SILENT_RANGE = 1e-4
+"""Normalised log-mel values that differ by less are the same up to rounding."""
+
 
 def patchify(fbank_BTF: Tensor, num_frames_B: Tensor | None = None, patch_size: int = 16) -> tuple[Tensor, Tensor]:
     """Cuts normalised filterbanks into square patches, time step by time step, low frequencies first.
@@ -34,6 +37,12 @@ def patchify(fbank_BTF: Tensor, num_frames_B: Tensor | None = None, patch_size: 
     if num_frames_B is None:
         return patches_BNP, torch.zeros(patches_BNP.shape[:2], dtype=torch.bool, device=fbank_BTF.device)
     return patches_BNP, _padding(num_frames_B.to(fbank_BTF.device), patches_BNP.shape[1], patch_size, columns)
+
+
+def silent_patches(fbank_BTF: Tensor, patch_size: int = 16) -> Tensor:
+    """Returns is_silent_BN: patches whose values are all the same, as digital silence makes them, and padding."""
+    patches_BNP, _ = patchify(fbank_BTF, patch_size=patch_size)
+    return patches_BNP.amax(-1) - patches_BNP.amin(-1) < SILENT_RANGE
 
 
 def patch_padding(num_frames_B: Tensor, frames: int, patch_size: int = 16, columns: int = 8) -> Tensor:

@@ -34,6 +34,7 @@ from beats_ray.train.checks import (
     run_identity,
     training_part,
 )
+from beats_ray.train.codebook_health import describe_collapse
 from beats_ray.train.flops import RunKind
 from beats_ray.train.held_out import find_parts
 from beats_ray.train.loggers import check_loggers
@@ -267,7 +268,7 @@ class watch:
         self._console = console
         self._stopped = threading.Event()
         self._shown_step = -1
-        self._warned = False
+        self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -300,18 +301,24 @@ class watch:
         self._console.progress(record["clips"], total, **{_SHOWN[name]: value for name, value in shown.items()})
 
     def _warn(self, record: dict[str, float], first: bool) -> None:
-        """Says once what holds the run back; the first record has the start of the stream's processes in it."""
-        if first or self._warned:
-            return
+        """Says once what holds the run back, and once that its codebook has collapsed."""
+        self._warn_once("codebook", lambda: describe_collapse(record))
+        if not first:  # which has the start of the stream's processes in it
+            self._warn_once("data", lambda: self._bottleneck(record))
+
+    def _warn_once(self, subject: str, look: Callable[[], str | None]) -> None:
+        line = None if subject in self._warned else look()
+        if line is not None:
+            self._warned.add(subject)
+            self._console.note(f"warning: {line}")
+
+    def _bottleneck(self, record: dict[str, float]) -> str | None:
         import ray
 
         from beats_ray.data.bottleneck import name_bottleneck
 
         cpus = ray.cluster_resources().get("CPU", 0.0)
-        line = name_bottleneck(record, self._run.data, self._run.train, cpus)
-        if line is not None:
-            self._warned = True
-            self._console.note(f"warning: {line}")
+        return name_bottleneck(record, self._run.data, self._run.train, cpus)
 
 
 _SHOWN = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from beats_ray.data.storage import Place, with_retries
 from beats_ray.models import codebook_usage
+from beats_ray.train.codebook_health import count_collapsed_steps, is_collapsed
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.loggers import Logger, TensorBoardLogger
 
@@ -85,7 +86,9 @@ class MetricMeans:
         for name, part in zip(names, flat.split(sizes), strict=True):
             if name.endswith(CODE_COUNTS):
                 prefix = name.removesuffix(CODE_COUNTS)
-                means[f"{prefix}/used_code_fraction"], means[f"{prefix}/perplexity"] = codebook_usage(part)
+                used, perplexity = codebook_usage(part)
+                means |= {f"{prefix}/used_code_fraction": used, f"{prefix}/perplexity": perplexity}
+                means[f"{prefix}/collapsed"] = float(is_collapsed(perplexity, len(part), float(part.sum())))
             elif part[1] > 0:
                 means[name] = float(part[0] / part[1])
         return means | {name: self._reduce_scores(name, context) for name in sorted(scored)}
@@ -151,6 +154,7 @@ class MetricsLog:
         """Adds one report; `record["step"]` is its place on the x axis."""
         if "seconds" in record:
             record = record | {"seconds": self._seconds_before + record["seconds"]}
+        record = record | count_collapsed_steps(record, self._records[-1] if self._records else None)
         self._records.append(record)
         for logger in self._loggers:
             logger.write(record)

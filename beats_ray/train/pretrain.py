@@ -31,7 +31,7 @@ from beats_ray.models import (
     sample_patch_mask,
     save_model,
 )
-from beats_ray.models.patches import patch_padding
+from beats_ray.models.patches import patch_padding, silent_patches
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums, code_counts
 
@@ -56,8 +56,9 @@ class PretrainModule(nn.Module):
         labels: labels_BN, or labels_BNQ of several codebooks.
         """
         logits = self.predictor(fbank_BTF, num_frames_B, mask).float()
+        is_silent_BN = silent_patches(fbank_BTF, self.predictor.encoder.config.patch_size)
         books = [(logits, labels)] if labels.dim() == 2 else list(zip(logits.unbind(2), labels.unbind(2), strict=True))
-        losses, sums = zip(*(self._of_one_codebook(mask, *book) for book in books), strict=True)
+        losses, sums = zip(*(self._of_one_codebook(mask, is_silent_BN, *book) for book in books), strict=True)
         metrics: MetricSums = {
             name: (torch.stack([one[name][0] for one in sums]).sum(), torch.stack([one[name][1] for one in sums]).sum())
             for name in sums[0]
@@ -67,7 +68,7 @@ class PretrainModule(nn.Module):
         return torch.stack(losses).mean(), metrics
 
     def _of_one_codebook(
-        self, mask: PatchMask, logits_BKV: Tensor, labels_BN: Tensor
+        self, mask: PatchMask, is_silent_BN: Tensor, logits_BKV: Tensor, labels_BN: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         labels_BK = labels_BN.gather(1, mask.target_BK.clamp(min=0)).masked_fill(mask.target_BK < 0, -1)
         smoothing = self._label_smoothing if self.training else 0.0
@@ -81,6 +82,26 @@ class PretrainModule(nn.Module):
             "train/masked_accuracy": (correct, (labels_BK >= 0).sum()),
             "train/clip_band_loss": (baseline.loss_sum, baseline.num_targets),
             "train/clip_band_accuracy": (baseline.num_correct, baseline.num_targets),
+            **self._sounding_metrics(mask, is_silent_BN, logits_BKV, labels_BN),
+        }
+
+    @torch.no_grad()
+    def _sounding_metrics(
+        self, mask: PatchMask, is_silent_BN: Tensor, logits_BKV: Tensor, labels_BN: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Loss and baseline of the targets that are not silent, and the share of those that are.
+
+        Silent patches are constant and always have one label, which flatters whatever predicts it.
+        """
+        is_silent_BK = is_silent_BN.gather(1, mask.target_BK.clamp(min=0)) & (mask.target_BK >= 0)
+        sounding_BK = mask.target_BK.masked_fill(is_silent_BK, -1)
+        labels_BK = labels_BN.gather(1, sounding_BK.clamp(min=0)).masked_fill(sounding_BK < 0, -1)
+        loss = F.cross_entropy(logits_BKV.flatten(0, 1), labels_BK.flatten(), ignore_index=-1, reduction="sum")
+        baseline = self._baseline(labels_BN, mask.visible_BM, sounding_BK, logits_BKV.shape[-1])
+        return {
+            "train/sounding_loss": (loss, (labels_BK >= 0).sum()),
+            "train/sounding_clip_band_loss": (baseline.loss_sum, baseline.num_targets),
+            "train/silent_fraction": (is_silent_BK.sum(), (mask.target_BK >= 0).sum()),
         }
 
 
