@@ -186,9 +186,9 @@ def read_run(place: Place) -> Run:
         problems.append(str(error))
         dataset, quarantine = {}, []
     dataset.pop("shards", None)
-    baselines = {
-        k: v for k, v in _dict(_read(place / "baselines.json", _json, problems)).items() if isinstance(v, dict)
-    }
+    stage = place / "iteration-0" / "baselines" / "baselines.json"
+    measured = _read(stage, _json, problems) or _read(place / "baselines.json", _json, problems)  # where it once was
+    baselines = {k: v for k, v in _dict(measured).items() if isinstance(v, dict)}
     return Run(place, info, dataset, quarantine, baselines, found, problems)
 
 

@@ -5,7 +5,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,14 @@ from beats_ray.config import (
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.identity import content_keys, stage_identity
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import (
     RunConfig,
     find_mistakes,
     read_inputs,
-    run_identity,
+    resolve_settings,
 )
 from beats_ray.train.flops import RunKind
 from beats_ray.train.loggers import check_loggers
@@ -48,6 +49,8 @@ class Run:
     """PretrainConfig, DistillConfig or FinetuneConfig."""
     manifest: DatasetManifest
     output: Place
+    identity: dict[str, Any]
+    """Settings and keys of the inputs: what the stage's result is that of."""
     cache: Any = None
     """ClipCache with the decoded clips; None where they are streamed."""
 
@@ -62,29 +65,36 @@ class Run:
         return settings
 
 
-def run_pretrain(config: PretrainConfig, console: Console) -> Written:
-    """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
-    return _train(_checked("pretrain", config), console)
+def run_pretrain(config: PretrainConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
+    """Pre-trains an encoder on tokenizer labels; writes `output/model`.
+
+    keys: of the inputs, as part of the run's identity; by their content where not given. So for all jobs here.
+    """
+    return _train(_checked("pretrain", config, keys), console)
 
 
-def run_distill(config: DistillConfig, console: Console) -> Written:
-    """Distils a teacher encoder into a tokenizer; writes `output/model`."""
-    return _train(_checked("distill", config), console)
+def run_distill(config: DistillConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
+    """Distils a teacher into a tokenizer; writes `output/model`."""
+    return _train(_checked("distill", config, keys), console)
 
 
-def run_finetune(config: FinetuneConfig, console: Console) -> Written:
+def run_finetune(config: FinetuneConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
     """Fine-tunes an encoder on the folds that are neither test nor validation; writes `output/model`."""
-    run = _checked("finetune", config)
+    run = _checked("finetune", config, keys)
     return _train(replace(run, cache=load_cache(config.data, run.manifest)), console)
 
 
-def _checked(kind: RunKind, config: RunConfig) -> Run:
+def _checked(kind: RunKind, config: RunConfig, keys: Mapping[str, str] | None) -> Run:
     """The run that the config means; its first mistake is raised."""
     inputs = read_inputs(kind, config)
-    for mistake in inputs.mistakes + find_mistakes(kind, config, inputs):
+    for mistake in inputs.mistakes:
         raise mistake
     assert inputs.manifest is not None, config.data.path
-    return Run(kind, config, inputs.manifest, open_place(config.output))
+    config = resolve_settings(config, inputs)
+    keys = content_keys(config) if keys is None else keys
+    for mistake in find_mistakes(kind, config, inputs, keys):
+        raise mistake
+    return Run(kind, config, inputs.manifest, open_place(config.output), stage_identity(config, keys))
 
 
 def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
@@ -104,7 +114,7 @@ def _train(run: Run, console: Console) -> Written:
         with watch(run, console):
             _fit(run)
 
-    run_stage(run.output, run_identity(run.config), work)
+    run_stage(run.output, run.identity, work)
     return _written(run)
 
 
@@ -143,7 +153,7 @@ def _fit(run: Run) -> None:
             backend="nccl" if settings.use_gpu else "gloo", timeout_s=round(settings.collective_timeout_seconds)
         ),
         run_config=ray.train.RunConfig(
-            name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
+            name=f"{run.kind}-{fingerprint(run.identity)}",
             storage_path=scratch.path,
             storage_filesystem=scratch.keyless_filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),

@@ -26,7 +26,7 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.models.config import EncoderConfig
-from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, training_plan
+from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, resolve_settings, training_plan
 from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
@@ -166,10 +166,14 @@ def _build(
         return pretraining, pretraining.predictor.encoder, frozen
     source = BeatsEncoder(EncoderConfig.model_validate(published["config"]["encoder"]))
     if isinstance(config, DistillConfig):
+        from beats_ray.models import AudioClassifier, ClassifierConfig
         from beats_ray.train.distill import DistillTask
 
-        distillation = DistillTask(config, source).module
-        return distillation, distillation.model.tokenizer, source
+        teacher: BeatsEncoder | AudioClassifier = source
+        if published["kind"] == "classifier":
+            teacher = AudioClassifier(source, ClassifierConfig.model_validate(published["config"]["classifier"]))
+        distillation = DistillTask(config, teacher).module
+        return distillation, distillation.model.tokenizer, teacher
     from beats_ray.train.finetune import FinetuneTask
 
     finetuning = FinetuneTask(config, source, manifest).module
@@ -210,9 +214,10 @@ def dry_run(job: type[ConfigT], path: str | None, overrides: list[str], console:
     if config is None or lines:  # beside wrong settings, what can be looked at is what the run starts from
         return _distinct([*lines, *map(str, read_inputs(kind, _places_only(job, values)).mistakes)])
     inputs = read_inputs(kind, config)
-    mistakes = inputs.mistakes + find_mistakes(kind, config, inputs)
+    resolved = resolve_settings(config, inputs)
+    mistakes = inputs.mistakes + find_mistakes(kind, resolved, inputs)
     if not mistakes and inputs.manifest is not None and inputs.published is not None:
-        show_plan(plan_run(kind, config, inputs.manifest, inputs.published), console)
+        show_plan(plan_run(kind, resolved, inputs.manifest, inputs.published), console)
     return _distinct([str(mistake) for mistake in mistakes])
 
 

@@ -11,7 +11,7 @@ from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
 from beats_ray.models import describe_model
-from beats_ray.train.checks import run_identity, training_folds
+from beats_ray.train.checks import training_folds
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
 from beats_ray.train.flops import step_flops_per_clip
@@ -46,7 +46,7 @@ def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
 
 
 def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
-    identity = fingerprint(run_identity(run.config) | {"output": run.output.uri})
+    identity = fingerprint(run.identity | {"output": run.output.uri})
     name = "/".join(run.output.uri.rstrip("/").rsplit("/", 2)[-2:])
     return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
 
@@ -58,7 +58,8 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
         from beats_ray.train.pretrain import PretrainTask, num_codes_of
 
         tokenizer: Any = load_published(open_place(config.tokenizer))
-        task = PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer)
+        initial: Any = load_published(open_place(config.initial)) if config.initial else None
+        task = PretrainTask(config, num_codes_of(tokenizer), None if config.labels else tokenizer, initial)
         return task, describe_model(tokenizer)
     if run.kind == "distill":
         from beats_ray.train.distill import DistillTask

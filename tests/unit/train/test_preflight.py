@@ -18,6 +18,7 @@ from beats_ray.config import ConfigError, DistillConfig, FinetuneConfig, Pretrai
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
 from beats_ray.data.storage import open_place
+from beats_ray.identity import content_keys, run_identity, stage_identity
 from beats_ray.models import (
     BeatsEncoder,
     QuantizerConfig,
@@ -28,7 +29,7 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.train import preflight
-from beats_ray.train.checks import find_mistakes, read_inputs, run_identity
+from beats_ray.train.checks import find_mistakes, read_inputs
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.jobs import run_finetune, run_pretrain
@@ -294,7 +295,7 @@ def test_a_mistake_beyond_the_settings(
         command == "pretrain"
     ) else None  # fmt: skip
     if taken is not None:
-        record = {"status": "running", "fingerprint": "0", "config": run_identity(taken)}
+        record = {"status": "running", "fingerprint": "0", "config": stage_identity(taken, content_keys(taken))}
         open_place(str(tmp_path / "TAKEN" / "stage.json")).write_json(record)
     for name in ("UNLABELLED", "DAMAGED", "OTHER", "TAKEN"):
         overrides = [override.replace(name, str(tmp_path / name)) for override in overrides]
