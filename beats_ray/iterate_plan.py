@@ -18,6 +18,7 @@ from beats_ray.config import (
     EvaluateConfig,
     IterateConfig,
     PretrainConfig,
+    StartSettings,
     SweepConfig,
     TokenizeConfig,
     UserError,
@@ -77,11 +78,13 @@ def inspect(config: IterateConfig) -> Inspection:
             mistakes += [_in_section(name, one) for one in own]
         return Inspection(None, [], mistakes)
     look_at_data(config.data, manifest, mistakes)
-    stages = attempt(lambda: build_stages(config, manifest), mistakes) or []
-    for stage in stages:
+    stages = attempt(lambda: build_stages(config, manifest), mistakes)
+    # Beside a wrong start or teacher, the settings are looked at as if the run had none.
+    plain = config.model_copy(update={"start": StartSettings(), "teacher": ("pretrained",)})
+    for stage in build_stages(plain, manifest) if stages is None else stages:
         mistakes += _stage_mistakes(stage, manifest)
     distinct = {str(mistake): mistake for mistake in mistakes}
-    return Inspection(manifest, stages, list(distinct.values()))
+    return Inspection(manifest, stages or [], list(distinct.values()))
 
 
 def training_of(stage: Stage) -> tuple[RunKind, str, RunConfig] | None:

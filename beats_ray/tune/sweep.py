@@ -6,6 +6,7 @@ ran to the end is published to `output/model`. The test fold is looked at once b
 nothing.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,6 +196,7 @@ def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:
                 else frame[[name for name in ("step", METRIC, "train/loss") if name in frame]].to_dict("records"),
             }
         )
-    rows.sort(key=lambda row: (-(row["validation_accuracy"] or 0.0), row["trial_id"]))
+    # Trials that do equally well come in the order of their settings: their names are drawn anew in each run.
+    rows.sort(key=lambda row: (-(row["validation_accuracy"] or 0.0), json.dumps(row["config"], sort_keys=True)))
     finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
     return {"metric": METRIC, "trials": rows, "best": finished[0] if finished else None}
