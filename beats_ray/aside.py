@@ -54,12 +54,16 @@ def kept_place(folder: Place, key: str) -> Place:
 def _move(source: Place, target: Place) -> None:
     target.delete()  # at most an unfinished or an older copy of the same: the source is whole
     if source.is_remote:
-        copy_and_delete(source, target)
+        _copy_and_delete(source, target)
     else:
-        Path(source.path).rename(target.path)
+        _rename(source, target)
 
 
-def copy_and_delete(source: Place, target: Place) -> None:
+def _rename(source: Place, target: Place) -> None:
+    Path(source.path).rename(target.path)
+
+
+def _copy_and_delete(source: Place, target: Place) -> None:
     """Moves a stage's folder where there is no rename; see the top of the file."""
     names = [name for name in source.sizes(recursive=True) if name != STAGE_FILE]
     for name in [*names, STAGE_FILE]:

@@ -140,18 +140,27 @@ def _state(stage: Stage, rows: Mapping[str, Row]) -> tuple[State, str]:
     reasons = []
     for name, old, new in differences(found.get("config", {}), stage.identity):
         source, _, read = name.partition(".")
-        reasons.append(_input_reason(stage, read, rows) if source == "inputs" else f"{name}: {old} -> {new}")
+        is_input = source == "inputs" and bool(read)
+        reasons.append(_input_reason(stage, read, old, rows) if is_input else f"{name}: {old} -> {new}")
     return "runs again", "; ".join(reasons[:MAX_REASONS]) + ("; ..." if len(reasons) > MAX_REASONS else "")
 
 
-def _input_reason(stage: Stage, name: str, rows: Mapping[str, Row]) -> str:
-    model = stage.models.get(name)
+def _input_reason(stage: Stage, name: str, old: str | None, rows: Mapping[str, Row]) -> str:
+    model, before = stage.models.get(name), _what(old)
     if name == "data":
         return "the data set is another"
+    if before != (now := _what(stage.inputs.get(name))):
+        return f"{name}: {before} -> {now}"
     if not isinstance(model, Stage):
-        return f"the {name or 'input'} is another"
+        return f"the {name} is another"
     what = {"runs": "runs", "runs again": "runs again"}.get(rows[model.reference].state, "is another")
     return f"because {model.label} {what}"
+
+
+def _what(key: str | None) -> str:
+    """What an input's key is that of, without its digits."""
+    source = (key or "none").partition(" ")[0]
+    return "a given model" if source == "sha256" else source
 
 
 def _cost(stage: Stage, manifest: DatasetManifest, place: Place | None) -> tuple[int, float]:
