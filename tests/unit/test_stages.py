@@ -335,6 +335,8 @@ def test_run_json_keeps_its_beginning_and_says_what_was_changed(folder: Path) ->
     first = (run / "run.json").read_json()
     record_run(run, config_of(folder))
     assert (run / "run.json").read_json() == first
+    first["started"] = "2026-01-01T00:00:00+00:00"
+    (run / "run.json").write_json(first)
     record_run(run, config_of(folder, "distill.train.steps=30"))
     second = (run / "run.json").read_json()
     assert second["started"] == first["started"]
