@@ -56,8 +56,10 @@ class Runs:
         self._mark = uuid.uuid4().hex
         self._command = [sys.executable, "-m", "beats_ray", "iterate", f"data.path={data}", f"output={output}", *SMALL]
         self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
 
     def start(self) -> None:
+        self._started = time.time()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -102,8 +104,9 @@ class Runs:
         status = self.status(stage)
         if status == "complete" or is_complete:
             return status == "complete"
-        commits = (self.output / stage / "checkpoints").glob("*/commit.json")
-        return status == "running" and (stage not in TRAINING or any(commits))
+        if status != "running" or (self.output / stage / "stage.json").stat().st_mtime < self._started:
+            return False  # not begun, or begun by the run before, whose kill came a moment after the boundary
+        return stage not in TRAINING or any((self.output / stage / "checkpoints").glob("*/commit.json"))
 
     def _kill(self) -> None:
         assert self._process is not None
