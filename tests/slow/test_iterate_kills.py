@@ -106,7 +106,10 @@ class Runs:
             return status == "complete"
         if status != "running" or (self.output / stage / "stage.json").stat().st_mtime < self._started:
             return False  # not begun, or begun by the run before, whose kill came a moment after the boundary
-        return stage not in TRAINING or any((self.output / stage / "checkpoints").glob("*/commit.json"))
+        folder = self.output / stage
+        if stage.endswith("sweep"):
+            return any(folder.glob("trials/*/checkpoints/*/commit.json"))
+        return stage not in TRAINING or any(folder.glob("checkpoints/*/commit.json"))
 
     def _kill(self) -> None:
         assert self._process is not None
