@@ -10,7 +10,7 @@ difference, and a teacher that was replaced under its old path is one.
 from collections.abc import Mapping
 from typing import Any
 
-from beats_ray.config import EvaluateConfig, InferenceSettings, Job, TokenizeConfig, fingerprint
+from beats_ray.config import EvaluateConfig, InferenceSettings, Job, TokenizeConfig, UserError, fingerprint
 from beats_ray.data.manifest import read_manifest, shards_fingerprint
 from beats_ray.data.storage import open_place
 from beats_ray.inference import model_sha256
@@ -75,7 +75,10 @@ def model_key(path: str) -> str:
 
 def labels_key(path: str) -> str:
     """Changes with the data set or the tokenizer that labels were made for and by: they follow from these two."""
-    written = (open_place(path) / "labels.json").read_json()
+    try:
+        written = (open_place(path) / "labels.json").read_json()
+    except FileNotFoundError:
+        raise UserError(f"labels={path}: no labels here (no labels.json); run `beats-ray tokenize` first") from None
     return f"labels {fingerprint({name: written.get(name) for name in ('fingerprint', 'tokenizer_sha256')})}"
 
 
