@@ -38,9 +38,11 @@ class Command:
     """`module:function` below `beats_ray`; called with the config and the console, returns (label, uri) pairs."""
     help: str
     needs: tuple[str, ...] = ()
-    """Fields that must be set to something that exists; `a|b` means one of the two."""
+    """Fields that must be set to something that exists; `a|b` means one of the two, `a?` that it may be empty."""
     has_dry_run: bool = False
     """Whether `--dry-run` shows the plan of the run."""
+    has_plan: bool = False
+    """Whether `--plan` shows which stages would run."""
 
 
 COMMANDS = {
@@ -86,8 +88,11 @@ COMMANDS = {
     "iterate": Command(
         config.IterateConfig,
         "iterate:run_iterate",
-        "Run whole BEATs iterations, from where they stopped.",
-        ("data.path",),
+        "Run whole BEATs iterations, from where they stopped.\n\nA stage that is done stays done; where a setting, a "
+        "given model or the data changed, the stages that depend on it run again, and what they had made is kept "
+        "beside them. See which with --plan.",
+        ("data.path", "start.encoder?", "start.tokenizer?"),
+        has_plan=True,
     ),
     "convergence": Command(
         config.ConvergenceConfig,
@@ -155,13 +160,17 @@ def _add(name: str, command: Command) -> None:
     @cli.command(name, help=command.help, epilog=_describe_fields(command.kind))
     @click.argument("arguments", metavar="[CONFIG.yaml] [section.field=value ...]", nargs=-1)
     @click.option("--show-config", is_flag=True, help="Print the complete settings as YAML and stop.")
-    def run_command(arguments: tuple[str, ...], show_config: bool, dry_run: bool = False) -> int:
+    def run_command(
+        arguments: tuple[str, ...], show_config: bool, dry_run: bool = False, plan: bool = False, tflops: float = 0.0
+    ) -> int:
         paths, overrides = split_arguments(arguments)
         if len(paths) > 1:
             raise UserError(f"{name} takes one config file, got {' '.join(paths)}; settings are section.field=value")
         path = paths[0] if paths else None
         if dry_run:
-            return _dry_run(command.kind, path, overrides)
+            return _complain_all(_load("train.preflight:dry_run")(command.kind, path, overrides, Console()))
+        if plan:
+            return _complain_all(_load("iterate_plan:show_plan")(path, overrides, tflops, Console()))
         settings = load_config(command.kind, path, overrides)
         if show_config:
             click.echo(to_yaml(settings), nl=False)
@@ -174,11 +183,16 @@ def _add(name: str, command: Command) -> None:
     if command.has_dry_run:
         text = "Check everything that needs no cluster, print what the run will compute, hold and write, and stop."
         click.option("--dry-run", is_flag=True, help=text)(run_command)
+    if command.has_plan:
+        text = "Show every stage, whether it would run and why, with its clips, FLOPs and GPU-hours, and stop."
+        click.option("--plan", is_flag=True, help=text)(run_command)
+        text = "TFLOP/s that a GPU sustains, for the GPU-hours of --plan."
+        kind = click.FloatRange(min=0, min_open=True)
+        click.option("--tflops", type=kind, default=100.0, show_default=True, metavar="N", help=text)(run_command)
 
 
-def _dry_run(kind: type[Job], path: str | None, overrides: list[str]) -> int:
-    """Status 2 and a line for every mistake, or status 0 and the plan of the run."""
-    mistakes: list[str] = _load("train.preflight:dry_run")(kind, path, overrides, Console())
+def _complain_all(mistakes: list[str]) -> int:
+    """Status 2 and a line for every mistake, or status 0 where there is none."""
     for mistake in mistakes:
         _complain(mistake)
     return 2 if mistakes else 0
@@ -359,12 +373,12 @@ def _run_on_cluster(ray: config.RaySettings, job: Callable[[Console], list[tuple
 
 def _check_place(settings: Job, need: str) -> None:
     values = {}
-    for name in need.split("|"):
+    for name in need.removesuffix("?").split("|"):
         value: Any = settings
         for part in name.split("."):
             value = getattr(value, part)
         values[name] = value
-    if not any(values.values()):
+    if not any(values.values()) and not need.endswith("?"):
         choice = " or ".join(values)
         raise UserError(f"{choice}: missing; set it in the config file or as {next(iter(values))}=PATH")
     for name, value in values.items():

@@ -46,6 +46,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PATCH_SECONDS = 0.16  # 16 frames of 10 ms
 LoggerName = Literal["tensorboard", "prometheus", "mlflow", "wandb"]
+TeacherName = Literal["pretrained", "finetuned"]
 
 
 # --- shared sections ------------------------------------------------------------------------------------------------
@@ -538,6 +539,8 @@ class DistillSettings(Section):
     encoder: EncoderSettings = EncoderSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     train: TrainSettings = TrainSettings(learning_rate=5e-5, global_batch_size=144)
+    supervised_learning_rate: PositiveFloat = 5e-4
+    """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. Paper: 5e-4."""
 
 
 class FinetuneSettings(Section):
@@ -618,6 +621,9 @@ class InferenceSettings(Section):
 class Job(Section):
     """What every command's config has."""
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Fields that name what the job reads beside its data: what they hold is part of what it is, not their paths."""
+
     output: Annotated[str, Field(min_length=1)]
     """Where the job writes: a folder, local, s3:// or gs://."""
     ray: RaySettings = RaySettings()
@@ -658,29 +664,42 @@ class VerifyConfig(Section):
 
 
 class PretrainConfig(TrainingJob, PretrainSettings):
+    reads: ClassVar[tuple[str, ...]] = ("tokenizer", "labels", "initial")
+
     tokenizer: str = ""
     """Published tokenizer whose labels are predicted; computed on the fly where `labels` is empty."""
     labels: str = ""
     """Labels stage: patch labels that `tokenize` wrote for `data.path`."""
+    initial: str = ""
+    """Published encoder whose weights training goes on from, for another domain; from scratch without. Paper: from
+    scratch."""
 
 
 class DistillConfig(TrainingJob, DistillSettings):
+    reads: ClassVar[tuple[str, ...]] = ("teacher",)
+
     teacher: str = ""
-    """Published encoder that is distilled."""
+    """Published model that is distilled: an encoder by its features, a fine-tuned classifier by its logits."""
 
 
 class TokenizeConfig(Job, InferenceSettings):
+    reads: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
     data: StreamSettings = StreamSettings()
     tokenizer: str = ""
     """Published tokenizer."""
 
 
 class FinetuneConfig(TrainingJob, FinetuneSettings):
+    reads: ClassVar[tuple[str, ...]] = ("encoder",)
+
     encoder: str = ""
     """Published encoder to start from."""
 
 
 class SweepConfig(TrainingJob):
+    reads: ClassVar[tuple[str, ...]] = ("encoder",)
+
     encoder: str = ""
     """Published encoder that every trial starts from."""
     finetune: FinetuneSettings = FinetuneSettings()
@@ -702,6 +721,8 @@ class EvaluatedData(Section):
 
 
 class EvaluateConfig(Job, InferenceSettings):
+    reads: ClassVar[tuple[str, ...]] = ("model",)
+
     data: StreamSettings = StreamSettings()
     also: tuple[EvaluatedData, ...] = ()
     """Further data sets that the same job judges, each with a result of its own: paths, or {path, folds, splits}."""
@@ -798,6 +819,8 @@ class CrossValidateConfig(TrainingJob):
 
 
 class EmbedConfig(Job, InferenceSettings):
+    reads: ClassVar[tuple[str, ...]] = ("model",)
+
     data: StreamSettings = StreamSettings()
     model: str = ""
     """Published encoder or classifier, or a released `.pt` file; of a classifier its encoder is used."""
@@ -839,9 +862,31 @@ class BenchConfig(Section):
         return self.clips or {"fbank": 64, "data": 2048}.get(self.name, 4)
 
 
+class StartSettings(Section):
+    encoder: str = ""
+    """Encoder or fine-tuned model, published or released, that iteration 1's tokenizer is distilled from."""
+    tokenizer: str = ""
+    """Tokenizer, published or released, that iteration 1 uses; its labels are computed once. Without either, iteration
+    1 has a random projection, as in the paper."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.encoder and self.tokenizer:
+            raise ValueError(
+                f"tokenizer={self.tokenizer} leaves encoder={self.encoder} without a use: iteration 1's tokenizer is "
+                "given or distilled; set one of them"
+            )
+        return self
+
+
 class IterateConfig(TrainingJob):
     iterations: PositiveInt = 3
     """BEATs iterations. Paper: 3."""
+    start: StartSettings = StartSettings()
+    teacher: tuple[TeacherName, ...] = ("pretrained",)
+    """Whose outputs the tokenizers of iterations 2 and on are distilled from: of the iteration before, the `pretrained`
+    encoder or the `finetuned` model. One for all, or a list with one for each. Paper: pretrained; the last one
+    finetuned for "iter3+"."""
     random_projection: RandomProjectionSettings = RandomProjectionSettings()
     pretrain: PretrainSettings = PretrainSettings()
     distill: DistillSettings = DistillSettings()
@@ -849,6 +894,25 @@ class IterateConfig(TrainingJob):
     sweep: SweepSettings = SweepSettings()
     probe: ProbeSettings = ProbeSettings()
     inference: InferenceSettings = InferenceSettings()
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _teachers(self) -> Self:
+        if len(self.teacher) not in (1, self.iterations - 1):
+            raise ValueError(
+                f"teacher={list(self.teacher)}: has {len(self.teacher)} entries for the tokenizers of "
+                f"{self.iterations - 1} iterations, those after the first of iterations={self.iterations}; give one "
+                "for all, or one for each"
+            )
+        return self
+
+    def teacher_of(self, iteration: int) -> TeacherName:
+        """What the tokenizer of iteration 2 or later is distilled from."""
+        return self.teacher[0] if len(self.teacher) == 1 else self.teacher[iteration - 2]
 
 
 class ConvergenceConfig(IterateConfig):

@@ -136,8 +136,8 @@ def _baselines(output: Place, judged: Place, config: ConvergenceConfig, console:
 def _judge(arm: Place, iteration: int, config: ConvergenceConfig, console: Console) -> None:
     """The probe of one encoder, once; anew for another encoder or data set, since it takes seconds."""
     from beats_ray.evaluate import run_evaluate
-    from beats_ray.tokenize import model_sha256
-    from beats_ray.train.checks import run_identity
+    from beats_ray.identity import run_identity
+    from beats_ray.inference import model_sha256
 
     model, place = arm / f"iteration-{iteration}" / "pretrain" / "model", arm / f"judged-{iteration}"
     fields = {name: getattr(config.inference, name) for name in type(config.inference).model_fields}

@@ -15,6 +15,7 @@ and one with further seeds or encoders adds to what is there.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, open_place, read_table
 from beats_ray.fold_statistics import compare, summarise
+from beats_ray.identity import data_key, model_key, stage_identity
 from beats_ray.judgement import RESULT_FILE, Predictions, judge, write_csv, write_judgement
 from beats_ray.stage import run_stage
-from beats_ray.train.checks import find_mistakes, read_inputs, run_identity
+from beats_ray.train.checks import find_mistakes, read_inputs
 from beats_ray.train.jobs import Run, Written, fit_run, load_cache
 from beats_ray.train.loggers import check_loggers
 
@@ -49,6 +51,11 @@ class FoldRun:
         return open_place(self.config.output)
 
     @property
+    def keys(self) -> dict[str, str]:
+        """Those of what the run is made from."""
+        return _keys_of(self.config.data.path, self.config.encoder)
+
+    @property
     def learning_rate(self) -> float:
         return self.config.train.learning_rate
 
@@ -58,7 +65,8 @@ class FoldRun:
 
     def as_run(self, manifest: DatasetManifest, cache: Any) -> Run:
         """What a training process gets."""
-        return Run("finetune", self.config, manifest, self.place, cache)
+        identity = stage_identity(self.config, self.keys)
+        return Run("finetune", self.config, manifest, self.place, identity, cache)
 
 
 def run_cross_validate(config: CrossValidateConfig, console: Console) -> Written:
@@ -80,6 +88,12 @@ def run_cross_validate(config: CrossValidateConfig, console: Console) -> Written
 
 
 # --- which runs -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _keys_of(data: str, encoder: str) -> dict[str, str]:
+    """Read once for all runs of an encoder: its file is read whole for this."""
+    return {"data": data_key(data), "encoder": model_key(encoder)}
 
 
 def plan_runs(config: CrossValidateConfig, manifest: DatasetManifest) -> list[FoldRun]:
@@ -132,7 +146,7 @@ def check_runs(runs: list[FoldRun], manifest: DatasetManifest) -> None:
     inputs = {run.encoder: run for run in reversed(runs)}
     read = {name: read_inputs("finetune", run.config) for name, run in inputs.items()}
     for run in runs:
-        for mistake in read[run.encoder].mistakes + find_mistakes("finetune", run.config, read[run.encoder]):
+        for mistake in read[run.encoder].mistakes + find_mistakes("finetune", run.config, read[run.encoder], run.keys):
             raise mistake
     check_loggers(runs[0].config.train.loggers)
     check_fits(runs[0].config.train, runs[0].config.data)
@@ -215,7 +229,7 @@ def train_and_judge(run: Run) -> None:
     def work() -> None:
         train(run, single_process_context(lambda _step, _metrics: None, run.train.use_gpu))
 
-    run_stage(run.output, run_identity(run.config), work)
+    run_stage(run.output, run.identity, work)
     judge_run(run)
 
 

@@ -16,9 +16,8 @@ from beats_ray.config import ConfigError, EmbedConfig, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest, shards_fingerprint
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import check_published, map_shards, missing_shards, write_shard
+from beats_ray.inference import check_published, map_shards, missing_shards, model_sha256, write_shard
 from beats_ray.stage import first_difference
-from beats_ray.tokenize import model_sha256
 
 RESULT_FILE = "embeddings.json"
 SOURCE_FILE = "source.json"  # written first: what an unfinished DST belongs to

@@ -332,6 +332,17 @@ def is_released_file(model: Place) -> bool:
     return model.name.endswith(RELEASED_SUFFIXES)
 
 
+def model_sha256(model: Place) -> str:
+    """Changes with any byte of a published model."""
+    digest = hashlib.sha256()
+    files = {"": model}
+    if not is_released_file(model):
+        files = {f"/{name}": model / name for name in model.sizes(recursive=True)}
+    for name, place in files.items():
+        digest.update(name.encode() + b"\0" + place.read_bytes())
+    return digest.hexdigest()
+
+
 def check_published(model: Place, field: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """What the `config.json` of a published model says, of one of these kinds; a released file is described alike.
 

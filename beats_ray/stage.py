@@ -1,7 +1,8 @@
 """A stage: one unit of work with a folder of its own, done once.
 
-`stage.json` says what the stage is (the settings it was run with), whether it is complete, and how long it took. A
-complete stage is never redone; one that was interrupted is run again, and its work resumes by itself.
+`stage.json` says what the stage is (its identity: settings, and keys of what it was made from), whether it is complete,
+and how long it took. A complete stage is never redone; one that was interrupted is run again, and its work resumes by
+itself. The fingerprint of the identity is the stage's key.
 """
 
 import time
@@ -15,22 +16,37 @@ from beats_ray.data.storage import Place, StorageError, with_retries
 RETRY_SECONDS = 300.0
 """How long `stage.json` is tried again while the object store fails: as long as what training itself writes."""
 
+STAGE_FILE = "stage.json"
+
+
+def read_stage(output: Place) -> dict[str, Any]:
+    """What the folder's `stage.json` says; nothing where there is none."""
+    try:
+        found: dict[str, Any] = with_retries((output / STAGE_FILE).read_json, RETRY_SECONDS)
+    except FileNotFoundError:
+        return {}
+    return found
+
 
 def is_complete(output: Place) -> bool:
     """True when the stage in this folder has been finished."""
-    return bool(_read(output).get("status") == "complete")
+    return bool(read_stage(output).get("status") == "complete")
 
 
-def run_stage(output: Place, settings: dict[str, Any], work: Callable[[], None]) -> bool:
+def run_stage(output: Place, identity: dict[str, Any], work: Callable[[], object]) -> bool:
     """Does `work` unless the folder already holds its result; returns whether it was done now.
 
-    Raises UserError when the folder holds a stage of other settings, naming the first that differs.
+    Raises UserError when the folder holds a stage of another identity, naming the first difference.
     """
-    mark = fingerprint(settings)
-    found = check_output(output, settings)
+    found = check_output(output, identity)
     if found.get("status") == "complete":
         return False
-    record = {"status": "running", "fingerprint": mark, "config": settings, "seconds": found.get("seconds", 0.0)}
+    record = {
+        "status": "running",
+        "fingerprint": fingerprint(identity),
+        "config": identity,
+        "seconds": found.get("seconds", 0.0),
+    }
     _write(output, record)
     started = time.monotonic()
     try:
@@ -45,33 +61,36 @@ def run_stage(output: Place, settings: dict[str, Any], work: Callable[[], None])
     return True
 
 
-def check_output(output: Place, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the folder's `stage.json` says, nothing where there is none. UserError for a stage of other settings."""
-    found = _read(output)
-    if found and found.get("fingerprint") != fingerprint(settings):
+def check_output(output: Place, identity: dict[str, Any]) -> dict[str, Any]:
+    """What the folder's `stage.json` says, nothing where there is none. UserError for a stage of another identity."""
+    found = read_stage(output)
+    if found.get("status") == "moved":
         raise UserError(
-            f"{output.uri} belongs to a run of another config: {first_difference(found.get('config', {}), settings)}; "
+            f"{output.uri}: was being moved aside by `beats-ray iterate`; run that again, or choose another output"
+        )
+    if found and found.get("fingerprint") != fingerprint(identity):
+        raise UserError(
+            f"{output.uri} belongs to a run of another config: {first_difference(found.get('config', {}), identity)}; "
             "choose another output or remove it"
         )
     return found
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting in which two resolved configs differ, as `name: old value there, new value now`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                return first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    return f"{name} is {old!r} there and {new!r} now"
+def first_difference(old: Any, new: Any) -> str:
+    """The first setting in which two identities differ, as `name is old there and new now`."""
+    name, there, now = next(iter(differences(old, new)), ("stage.json", old, new))
+    return f"{name} is {there!r} there and {now!r} now"
 
 
-def _read(output: Place) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = with_retries((output / "stage.json").read_json, RETRY_SECONDS)
-    except FileNotFoundError:
-        return {}
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Every (dotted name, old value, new value) in which two identities differ; inputs come after the settings."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [(name, old, new)]
+    found = []
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (not name and key == "inputs", key)):
+        found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     return found
 
 
 def _write(output: Place, record: dict[str, Any], retry_seconds: float = RETRY_SECONDS) -> None:
-    with_retries(lambda: (output / "stage.json").write_json(record), retry_seconds)
+    with_retries(lambda: (output / STAGE_FILE).write_json(record), retry_seconds)

@@ -6,7 +6,6 @@
 A run that was stopped goes on with the shards that are missing; a complete OUTPUT is left as it is.
 """
 
-import hashlib
 import math
 from typing import Any
 
@@ -20,9 +19,9 @@ from beats_ray.data.storage import Place, open_place, read_table
 from beats_ray.inference import (
     TOKENIZER_KINDS,
     check_published,
-    is_released_file,
     map_shards,
     missing_shards,
+    model_sha256,
     write_shard,
 )
 from beats_ray.train.codebook_health import REMEDIES, is_collapsed
@@ -74,17 +73,6 @@ def code_usage(counts: np.ndarray) -> dict[str, float]:
     probability = counts[counts > 0] / total if total else np.ones(1)
     perplexity = math.exp(-float((probability * np.log(probability)).sum()))
     return {"used_code_fraction": float((counts > 0).mean()), "perplexity": perplexity}
-
-
-def model_sha256(model: Place) -> str:
-    """Changes with any byte of a published model."""
-    digest = hashlib.sha256()
-    files = {"": model}
-    if not is_released_file(model):
-        files = {f"/{name}": model / name for name in model.sizes(recursive=True)}
-    for name, place in files.items():
-        digest.update(name.encode() + b"\0" + place.read_bytes())
-    return digest.hexdigest()
 
 
 def _claim(output: Place, source: dict[str, str]) -> None:

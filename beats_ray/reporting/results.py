@@ -211,7 +211,16 @@ def codebooks(run: Run) -> Section:
         if used is not None or perplexity is not None:
             source = "labels of every clip" if "perplexity" in labels else "last training report"
             rows.append(
-                {"cells": [f"iteration {index}", f"{number(used) or 0:.1%}", figure(perplexity, 1), source], "kind": ""}
+                {
+                    "cells": [
+                        f"iteration {index}",
+                        training.teacher,
+                        f"{number(used) or 0:.1%}",
+                        figure(perplexity, 1),
+                        source,
+                    ],
+                    "kind": "",
+                }
             )
         section.charts += present(
             line_chart(
@@ -228,7 +237,11 @@ def codebooks(run: Run) -> Section:
         )
     if rows:
         section.tables = [
-            Grid(["tokenizer", "codes used", "perplexity", "measured on"], rows, text=("tokenizer", "measured on"))
+            Grid(
+                ["tokenizer", "teacher", "codes used", "perplexity", "measured on"],
+                rows,
+                text=("tokenizer", "teacher", "measured on"),
+            )
         ]
         section.notes = ["Used codes alone mislead: perplexity says how evenly they are used."]
     else:

@@ -41,6 +41,20 @@ class Stage:
         value = number(self.state.get("seconds"))
         return value if value is not None else number((self.metrics or [{}])[-1].get("seconds"))
 
+    @property
+    def teacher(self) -> str:
+        """Of a tokenizer: what it was distilled from, as readers know it; `-` where nothing says so."""
+        config = _dict(self.state.get("config"))
+        inputs = config.get("inputs")
+        if not isinstance(inputs, dict):
+            return "-"
+        key = str(inputs.get("teacher") or "")
+        match = re.match(r"iteration-(\d+)/(\w+) ", key)
+        if match:
+            what = "fine-tuned model" if match[2] == "sweep" else "pre-trained encoder"
+            return f"iteration {match[1]}, {what}"
+        return "a given model" if key else "none: given" if "tokenizer" in inputs else "none: random projection"
+
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a metric, where it was reported."""
         pairs = ((number(record.get("step")), number(record.get(name))) for record in self.metrics)
@@ -191,9 +205,9 @@ def read_run(place: Place) -> Run:
         problems.append(str(error))
         dataset, quarantine = {}, []
     dataset.pop("shards", None)
-    baselines = {
-        k: v for k, v in _dict(_read(place / "baselines.json", _json, problems)).items() if isinstance(v, dict)
-    }
+    stage = place / "iteration-0" / "baselines" / "baselines.json"
+    measured = _read(stage, _json, problems) or _read(place / "baselines.json", _json, problems)  # where it once was
+    baselines = {k: v for k, v in _dict(measured).items() if isinstance(v, dict)}
     return Run(place, info, dataset, quarantine, baselines, found, problems)
 
 

@@ -6,7 +6,7 @@
 A run raises the first mistake before it asks for anything; `--dry-run` shows all of them. Both use these functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,8 +14,6 @@ from beats_ray.config import (
     ConfigError,
     DistillConfig,
     FinetuneConfig,
-    InferenceSettings,
-    Job,
     PretrainConfig,
     StreamSettings,
     UserError,
@@ -23,10 +21,11 @@ from beats_ray.config import (
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import ClipPlan, build_plan
-from beats_ray.data.storage import Place, open_place, with_retries
+from beats_ray.data.storage import open_place, with_retries
+from beats_ray.identity import content_keys, stage_identity
 from beats_ray.inference import TOKENIZER_KINDS, check_published
-from beats_ray.stage import check_output, is_complete
-from beats_ray.train.extras import identity_of_extras
+from beats_ray.models.config import EncoderConfig
+from beats_ray.stage import check_output, is_complete, read_stage
 from beats_ray.train.flops import RunKind, num_codebooks_of_published
 from beats_ray.train.held_out import find_parts, part_mistakes
 
@@ -36,25 +35,13 @@ ResultT = TypeVar("ResultT")
 
 _STARTS_FROM: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pretrain": ("tokenizer", TOKENIZER_KINDS, "a published tokenizer (see `beats-ray iterate`)"),
-    "distill": ("teacher", ("encoder",), "a published encoder"),
+    "distill": ("teacher", ("encoder", "classifier"), "a published encoder or fine-tuned model"),
     "finetune": ("encoder", ("encoder",), "a published encoder"),
 }
 """Of each kind of run: the field that names the model it starts from, its kinds, and what to give."""
 
-PLACES = ("tokenizer", "labels", "teacher", "encoder")
+PLACES = ("tokenizer", "labels", "initial", "teacher", "encoder")
 """Fields that name a folder, in one config or another."""
-
-
-EXECUTION_FIELDS = {
-    "global_batch_seconds", "num_workers", "cpus_per_worker", "use_gpu", "micro_batch_size", "zero_stage",
-    "activation_checkpointing", "offload_optimizer", "offload_parameters", "compile", "log_every_steps",
-    "checkpoint_every_steps", "keep_checkpoints", "storage_retry_seconds", "max_failures", "max_bad_steps",
-    "collective_timeout_seconds", "loggers",
-}  # fmt: skip
-"""Settings of `train` that a run may go on with other values of: its steps do the same to the same global batches.
-
-`global_batch_seconds` is among them because the `global_batch_size` that it comes to is not. Of `deepspeed` see
-`identity_of_extras`."""
 
 
 @dataclass(frozen=True)
@@ -65,41 +52,79 @@ class Inputs:
     """Description of the model it starts from: the tokenizer, the teacher or the encoder."""
     manifest: DatasetManifest | None
     mistakes: list[UserError]
+    initial: dict[str, Any] | None = None
+    """Description of the encoder whose weights pre-training goes on from, where it does."""
 
 
 def read_inputs(kind: RunKind, config: RunConfig) -> Inputs:
     """Reads descriptions, never weights or audio. The data themselves are looked at unless the run is complete."""
     mistakes: list[UserError] = []
-    published = _attempt(lambda: _read_published(kind, config), mistakes)
-    manifest = _attempt(lambda: _read_manifest(config.data), mistakes)
-    if manifest is not None and not _attempt(lambda: is_complete(open_place(config.output)), mistakes):
-        _look_at_data(config, manifest, mistakes)
-    return Inputs(published, manifest, mistakes)
+    published = attempt(lambda: _read_published(kind, config), mistakes)
+    initial = None
+    if isinstance(config, PretrainConfig) and config.initial:
+        given = open_place(config.initial)
+        initial = attempt(lambda: check_published(given, "initial", ("encoder",)), mistakes)
+    manifest = attempt(lambda: _read_manifest(config.data), mistakes)
+    if manifest is not None and not attempt(lambda: is_complete(open_place(config.output)), mistakes):
+        look_at_data(config.data, manifest, mistakes)
+        if isinstance(config, PretrainConfig) and config.labels:
+            _look_at_labels(config, manifest, mistakes)
+    return Inputs(published, manifest, mistakes, initial)
 
 
-def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[UserError]:
+def find_mistakes(
+    kind: RunKind, config: RunConfig, inputs: Inputs, keys: Mapping[str, str] | None = None
+) -> list[UserError]:
+    """What is wrong in the settings, beside the inputs that could be read, and with what the output holds.
+
+    keys: of the inputs, by content where not given.
+    """
+    mistakes = settings_mistakes(kind, config, inputs)
+    output = open_place(config.output)
+
+    def check() -> None:
+        if read_stage(output):
+            check_output(output, stage_identity(config, content_keys(config) if keys is None else keys))
+
+    if not inputs.mistakes:
+        attempt(check, mistakes)
+    return mistakes
+
+
+def resolve_settings(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """The config with what follows from the model that it starts from."""
+    if isinstance(config, DistillConfig) and inputs.published is not None:
+        from beats_ray.train.distill import resolve_learning_rate
+
+        return resolve_learning_rate(config, inputs.published["kind"])
+    return config
+
+
+def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[UserError]:
     """What is wrong in the settings themselves, and beside the inputs that could be read."""
     from beats_ray.data.clips import clip_samples_of
     from beats_ray.train.engine import deepspeed_config
     from beats_ray.train.loggers import check_loggers
 
     mistakes: list[UserError] = []
-    _attempt(lambda: deepspeed_config(config.train, config.train.max_workers), mistakes)
-    _attempt(lambda: check_loggers(config.train.loggers), mistakes)
-    _attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
-    _attempt(lambda: check_output(open_place(config.output), run_identity(config)), mistakes)
+    attempt(lambda: deepspeed_config(config.train, config.train.max_workers), mistakes)
+    attempt(lambda: check_loggers(config.train.loggers), mistakes)
+    attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     manifest = inputs.manifest
     if isinstance(config, PretrainConfig) and inputs.published is not None:
         tokenizer = inputs.published
-        _attempt(lambda: _check_codebooks(config, tokenizer), mistakes)
+        attempt(lambda: _check_codebooks(config, tokenizer), mistakes)
     if isinstance(config, DistillConfig) and inputs.published is not None:
         published = inputs.published
-        _attempt(lambda: _check_teacher_layer(config, published), mistakes)
+        attempt(lambda: _check_teacher_layer(config, published), mistakes)
+    if isinstance(config, PretrainConfig) and inputs.initial is not None:
+        initial = inputs.initial
+        attempt(lambda: _check_initial(config, initial), mistakes)
     if manifest is not None:
-        _attempt(lambda: _check_labelled(kind, config.data, manifest), mistakes)
+        attempt(lambda: _check_labelled(kind, config.data, manifest), mistakes)
         if isinstance(config, FinetuneConfig):
             mistakes += part_mistakes(config, manifest)
-        _attempt(lambda: training_plan(config, manifest), mistakes)
+        attempt(lambda: training_plan(config, manifest), mistakes)
     return mistakes
 
 
@@ -109,10 +134,15 @@ def keep_batch(config: ConfigT) -> ConfigT:
     How many clips a number of seconds comes to depends on workers and micro-batch, which may change; the run may not.
     ConfigError where the workers cannot share its clips.
     """
-    train, stage = config.train, open_place(config.output) / "stage.json"
-    if train.global_batch_seconds is None or not stage.exists():
+    train = config.train
+    if train.global_batch_seconds is None:
         return config
-    clips = stage.read_json().get("config", {}).get("train", {}).get("global_batch_size", train.global_batch_size)
+    clips = (
+        read_stage(open_place(config.output))
+        .get("config", {})
+        .get("train", {})
+        .get("global_batch_size", train.global_batch_size)
+    )
     asked = train.global_batch_seconds / config.data.clip_seconds
     if clips == train.global_batch_size or abs(clips - asked) >= clips / 2:  # no rounding makes these clips of it
         return config
@@ -124,28 +154,6 @@ def keep_batch(config: ConfigT) -> ConfigT:
         )
     train = train.model_copy(update={"global_batch_size": clips})
     return config.model_copy(update={"train": train})  # type: ignore[return-value]  # of the same class
-
-
-def run_identity(config: Job) -> dict[str, Any]:
-    """What makes a run the same run: its config without where it runs, on how much of a cluster and who is told."""
-    values = config.model_dump(mode="json", exclude={"ray", "output", "inference", *InferenceSettings.model_fields})
-    return _without_execution(values)
-
-
-def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
-    for section, fields in (("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS)):
-        if isinstance(kept.get(section), dict):
-            kept[section] = {name: value for name, value in kept[section].items() if name not in fields}
-            if "deepspeed" in kept[section]:
-                kept[section]["deepspeed"] = identity_of_extras(kept[section]["deepspeed"])
-    return kept
-
-
-DATA_EXECUTION_FIELDS = {
-    "buffer_mib", "cache", "decode_cpus", "placement", "prefetch_blocks", "read_tasks", "retry_seconds",
-}  # fmt: skip
-"""The same for `data`: how clips come, not which."""
 
 
 def training_plan(config: RunConfig, manifest: DatasetManifest) -> ClipPlan:
@@ -175,7 +183,7 @@ def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
     find_parts(config, manifest)
 
 
-def _attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT | None:
+def attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT | None:
     """The result; None, and the mistake noted, where it failed for a mistake of the user's."""
     try:
         return work()
@@ -198,21 +206,21 @@ def _read_manifest(data: StreamSettings) -> DatasetManifest:
     return read_manifest(open_place(data.path))
 
 
-def _look_at_data(config: RunConfig, manifest: DatasetManifest, mistakes: list[UserError]) -> None:
-    from beats_ray.data.shards import check_labels, check_schema
+def look_at_data(data: StreamSettings, manifest: DatasetManifest, mistakes: list[UserError]) -> None:
+    """Adds what is wrong with the shards: size, columns, clip ids, label ids."""
+    from beats_ray.data.shards import check_schema
 
-    dataset = open_place(config.data.path)
+    dataset = open_place(data.path)
+    attempt(lambda: with_retries(lambda: check_schema(dataset, manifest), data.retry_seconds), mistakes)
 
-    def check_shards() -> None:
-        with_retries(lambda: check_schema(dataset, manifest), config.data.retry_seconds)
 
-    def check_patch_labels(place: Place) -> None:
-        with_retries(lambda: check_labels(place, manifest, dataset), config.data.retry_seconds)
+def _look_at_labels(config: PretrainConfig, manifest: DatasetManifest, mistakes: list[UserError]) -> None:
+    from beats_ray.data.shards import check_labels
 
-    _attempt(check_shards, mistakes)
-    if isinstance(config, PretrainConfig) and config.labels:
-        labels = config.labels
-        _attempt(lambda: check_patch_labels(open_place(labels)), mistakes)
+    def check() -> None:
+        check_labels(open_place(config.labels), manifest, open_place(config.data.path))
+
+    attempt(lambda: with_retries(check, config.data.retry_seconds), mistakes)
 
 
 def _check_labelled(kind: RunKind, data: StreamSettings, manifest: DatasetManifest) -> None:
@@ -233,7 +241,27 @@ def _check_codebooks(config: PretrainConfig, published: dict[str, Any]) -> None:
         )
 
 
+_NOT_IN_WEIGHTS = {"dropout", "attention_dropout", "activation_dropout", "layer_drop"}
+
+
+def _check_initial(config: PretrainConfig, initial: dict[str, Any]) -> None:
+    """The settings of the encoder must say what its first weights are those of."""
+    wanted = config.encoder.resolve().model_dump()
+    found = EncoderConfig.model_validate(initial["config"]["encoder"]).model_dump()
+    for name, value in found.items():
+        if name not in _NOT_IN_WEIGHTS and value != wanted[name]:
+            raise ConfigError(
+                f"initial={config.initial}: has {name}={value}, the encoder that is trained {wanted[name]}; set "
+                f"encoder.preset, or encoder.overrides.{name}={value}"
+            )
+
+
 def _check_teacher_layer(config: DistillConfig, published: dict[str, Any]) -> None:
+    if published["kind"] == "classifier" and config.tokenizer.teacher_layer is not None:
+        raise ConfigError(
+            f"tokenizer.teacher_layer={config.tokenizer.teacher_layer}: a fine-tuned teacher is distilled by its "
+            "logits, not by a layer; leave it out or give an encoder"
+        )
     depth = published["config"]["encoder"]["num_layers"]
     layer = config.tokenizer.teacher_layer or 0
     if layer > depth:

@@ -1,4 +1,7 @@
-"""Tokenizer training: distil a teacher encoder's patch outputs through a vector quantiser (paper section 3.1).
+"""Tokenizer training: distil a teacher's patch outputs through a vector quantiser (paper section 3.1).
+
+A pre-trained encoder offers the features of each patch. A fine-tuned model, as for "iter3+", offers the logits of each
+patch, those whose mean over a clip are the clip's logits, and has a learning rate of its own.
 
 The loss is the negative cosine between the teacher's and the estimated patch features plus the commitment term; see
 `beats_ray.models.DistillationModel`. The codebook is initialised by k-means on several batches before the first step.
@@ -10,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from beats_ray.config import DistillSettings
+from beats_ray.config import DistillConfig, DistillSettings
 from beats_ray.data.batches import MicroBatch
 from beats_ray.models import (
+    AudioClassifier,
     BeatsEncoder,
     DistillationConfig,
     DistillationModel,
@@ -23,8 +27,34 @@ from beats_ray.models import (
     normalise_fbank,
     save_model,
 )
+from beats_ray.models.config import EncoderConfig
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums
+
+
+def resolve_learning_rate(config: DistillConfig, teacher_kind: str) -> DistillConfig:
+    """The same with the learning rate that counts for this kind of teacher, `encoder` or `classifier`."""
+    if teacher_kind != "classifier":
+        return config
+    train = config.train.model_copy(update={"learning_rate": config.supervised_learning_rate})
+    return config.model_copy(update={"train": train})
+
+
+def tokenizer_config(settings: DistillSettings, teacher: EncoderConfig) -> TokenizerConfig:
+    """The tokenizer that is trained: it sees what the teacher, which has this encoder, sees."""
+    chosen = settings.tokenizer
+    normalisation = {"fbank_mean": teacher.fbank_mean, "fbank_std": teacher.fbank_std}
+    return TokenizerConfig(
+        encoder=settings.encoder.resolve().model_copy(update=normalisation),
+        quantizer=QuantizerConfig(
+            num_codes=chosen.num_codes,
+            code_dim=chosen.code_dim,
+            ema_decay=chosen.ema_decay,
+            init_batches=chosen.init_batches,
+            restart_below=chosen.restart_below,
+            seed=settings.train.seed,
+        ),
+    )
 
 
 class DistillModule(nn.Module):
@@ -45,25 +75,21 @@ class DistillModule(nn.Module):
 
 
 class DistillTask:
-    """Distils `teacher`, a frozen encoder, into a tokenizer."""
+    """Distils `teacher`, a frozen encoder or classifier, into a tokenizer."""
 
-    def __init__(self, settings: DistillSettings, teacher: BeatsEncoder) -> None:
+    def __init__(self, settings: DistillSettings, teacher: BeatsEncoder | AudioClassifier) -> None:
         self._settings = settings
         self._teacher = teacher.eval().requires_grad_(False)
-        chosen = settings.tokenizer
-        normalisation = {"fbank_mean": teacher.config.fbank_mean, "fbank_std": teacher.config.fbank_std}
-        self._config = TokenizerConfig(
-            encoder=settings.encoder.resolve().model_copy(update=normalisation),  # it sees what the teacher sees
-            quantizer=QuantizerConfig(
-                num_codes=chosen.num_codes,
-                code_dim=chosen.code_dim,
-                ema_decay=chosen.ema_decay,
-                init_batches=chosen.init_batches,
-                restart_below=chosen.restart_below,
-                seed=settings.train.seed,
-            ),
+        if isinstance(teacher, AudioClassifier):
+            self._seen: EncoderConfig = teacher.encoder.config
+            target_width = teacher.config.num_classes
+        else:
+            self._seen = teacher.config
+            target_width = teacher.config.width
+        self._config = tokenizer_config(settings, self._seen)
+        distillation = DistillationConfig(
+            teacher_dim=target_width, commitment_weight=settings.tokenizer.commitment_weight
         )
-        distillation = DistillationConfig(teacher_dim=teacher.config.width, commitment_weight=chosen.commitment_weight)
         tokenizer = SelfDistilledTokenizer(self._config)
         if settings.train.compile:  # workers talk in the quantizer, and its first batches fit the codebook
             tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)  # type: ignore[method-assign]
@@ -82,11 +108,16 @@ class DistillTask:
 
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
-        teacher = self._teacher.to(batch.audio_BS.device)
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
-        fbank_BTF = normalise_fbank(fbank_BTF, teacher.config.fbank_mean, teacher.config.fbank_std)
-        target = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
-        return Prepared((fbank_BTF, num_frames_B, target.features_BND), (~target.is_pad_BN).sum())
+        fbank_BTF = normalise_fbank(fbank_BTF, self._seen.fbank_mean, self._seen.fbank_std)
+        teacher = self._teacher.to(fbank_BTF.device)
+        if isinstance(teacher, AudioClassifier):
+            classified = teacher.classify(fbank_BTF, num_frames_B)
+            target_BND, is_pad_BN = classified.patch_logits_BNC, classified.is_pad_BN
+        else:
+            encoded = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
+            target_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
+        return Prepared((fbank_BTF, num_frames_B, target_BND), (~is_pad_BN).sum())
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "model.tokenizer."

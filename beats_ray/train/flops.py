@@ -143,17 +143,21 @@ def distill_flops(
     num_codes: int,
     teacher: EncoderConfig,
     patches: int,
+    *,
     teacher_layers: int | None = None,
+    teacher_classes: int = 0,
 ) -> int:
     """Forward and backward of one clip of tokenizer training, the teacher's forward pass included.
 
+    teacher_classes: of a fine-tuned teacher, whose logits of each patch are the target; 0 for an encoder's features.
     The nearest code is looked up without a gradient. K-means on the first micro-batches is not counted.
     """
     forward = encoder_flops(config, patches) + code_flops(config, code_dim, patches)
     forward += linear_flops(patches, code_dim, config.width)
     forward += stack_flops(config, ESTIMATOR_LAYERS, patches)
-    forward += linear_flops(patches, config.width, teacher.width)
+    forward += linear_flops(patches, config.width, teacher_classes or teacher.width)
     frozen = linear_flops(patches, code_dim, num_codes) + encoder_flops(teacher, patches, layers=teacher_layers)
+    frozen += linear_flops(patches, teacher.width, teacher_classes)
     return 3 * forward - patch_embedding_flops(config, patches) + frozen
 
 
@@ -195,7 +199,15 @@ def step_flops_per_clip(
         encoder, chosen = config.encoder.resolve(), config.tokenizer
         teacher = EncoderConfig.model_validate(published["config"]["encoder"])
         patches = patches_of(config.data.clip_seconds, encoder)
-        return distill_flops(encoder, chosen.code_dim, chosen.num_codes, teacher, patches, chosen.teacher_layer)
+        return distill_flops(
+            encoder,
+            chosen.code_dim,
+            chosen.num_codes,
+            teacher,
+            patches,
+            teacher_layers=chosen.teacher_layer,
+            teacher_classes=num_classes_of_published(published),
+        )
     assert kind == "finetune", kind
     encoder = EncoderConfig.model_validate(published["config"]["encoder"])
     patches = patches_of(config.data.clip_seconds, encoder)
@@ -204,6 +216,22 @@ def step_flops_per_clip(
     frozen = frozen_steps * finetune_flops(encoder, outputs, patches, is_frozen=True)
     tuned = (config.train.steps - frozen_steps) * finetune_flops(encoder, outputs, patches)
     return round((frozen + tuned) / config.train.steps)
+
+
+def inference_flops(published: Mapping[str, Any], clip_seconds: float) -> int:
+    """Forward pass of a published model over one clip."""
+    if "tokenizer" in published["config"]:
+        settings = published["config"]["tokenizer"]
+        grid = EncoderConfig.model_validate(settings.get("encoder", {}))
+        return tokenizer_flops(published, patches_of(clip_seconds, grid))
+    encoder = EncoderConfig.model_validate(published["config"]["encoder"])
+    patches = patches_of(clip_seconds, encoder)
+    return encoder_flops(encoder, patches) + linear_flops(patches, encoder.width, num_classes_of_published(published))
+
+
+def num_classes_of_published(model: Mapping[str, Any]) -> int:
+    """Classes of a published classifier, by its description; 0 of an encoder."""
+    return int(model["config"]["classifier"]["num_classes"]) if model["kind"] == "classifier" else 0
 
 
 def num_codes_of_published(tokenizer: Mapping[str, Any]) -> int:

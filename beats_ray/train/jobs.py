@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, StorageError, open_place, with_retries
+from beats_ray.identity import content_keys, stage_identity
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import (
@@ -31,7 +32,7 @@ from beats_ray.train.checks import (
     find_mistakes,
     keep_batch,
     read_inputs,
-    run_identity,
+    resolve_settings,
     training_part,
 )
 from beats_ray.train.codebook_health import describe_collapse
@@ -59,6 +60,8 @@ class Run:
     """PretrainConfig, DistillConfig or FinetuneConfig."""
     manifest: DatasetManifest
     output: Place
+    identity: dict[str, Any]
+    """Settings and keys of the inputs: what the stage's result is that of."""
     cache: Any = None
     """ClipCache with the decoded clips; None where they are streamed."""
 
@@ -89,24 +92,27 @@ class Run:
         }
 
 
-def run_pretrain(config: PretrainConfig, console: Console) -> Written:
-    """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
-    return _train(_checked("pretrain", config), console)
+def run_pretrain(config: PretrainConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
+    """Pre-trains an encoder on tokenizer labels; writes `output/model`.
+
+    keys: of the inputs, as part of the run's identity; by their content where not given. So for all jobs here.
+    """
+    return _train(_checked("pretrain", config, keys), console)
 
 
-def run_distill(config: DistillConfig, console: Console) -> Written:
-    """Distils a teacher encoder into a tokenizer; writes `output/model`."""
-    return _train(_checked("distill", config), console)
+def run_distill(config: DistillConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
+    """Distils a teacher into a tokenizer; writes `output/model`."""
+    return _train(_checked("distill", config, keys), console)
 
 
-def run_finetune(config: FinetuneConfig, console: Console) -> Written:
+def run_finetune(config: FinetuneConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
     """Fine-tunes an encoder on the clips that are neither tested nor chosen by; writes `output/model`.
 
     Small data sets are decoded once and stay in the object store (`data.cache`), others are streamed.
     """
     from beats_ray.data.cache import is_cached
 
-    run = _checked("finetune", config)
+    run = _checked("finetune", config, keys)
     if not is_complete(run.output) and is_cached(run.manifest, config.data):
         run = replace(run, cache=load_cache(config.data, run.manifest))
     return _train(run, console)
@@ -117,14 +123,18 @@ def fit_run(run: Run, console: Console) -> Written:
     return _train(run, console)
 
 
-def _checked(kind: RunKind, config: RunConfig) -> Run:
+def _checked(kind: RunKind, config: RunConfig, keys: Mapping[str, str] | None) -> Run:
     """The run that the config means; its first mistake is raised."""
     config = keep_batch(config)
     inputs = read_inputs(kind, config)
-    for mistake in inputs.mistakes + find_mistakes(kind, config, inputs):
+    for mistake in inputs.mistakes:
         raise mistake
     assert inputs.manifest is not None, config.data.path
-    return Run(kind, config, inputs.manifest, open_place(config.output))
+    config = resolve_settings(config, inputs)
+    keys = content_keys(config) if keys is None else keys
+    for mistake in find_mistakes(kind, config, inputs, keys):
+        raise mistake
+    return Run(kind, config, inputs.manifest, open_place(config.output), stage_identity(config, keys))
 
 
 def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
@@ -144,7 +154,7 @@ def _train(run: Run, console: Console) -> Written:
         with watch(run, console):
             _fit(run)
 
-    run_stage(run.output, run_identity(run.config), work)
+    run_stage(run.output, run.identity, work)
     return _written(run)
 
 
@@ -193,7 +203,7 @@ def _fit(run: Run) -> None:
             backend="nccl" if settings.use_gpu else "gloo", timeout_s=round(settings.collective_timeout_seconds)
         ),
         run_config=ray.train.RunConfig(
-            name=f"{run.kind}-{fingerprint(run_identity(run.config))}",
+            name=f"{run.kind}-{fingerprint(run.identity)}",
             storage_path=scratch.path,
             storage_filesystem=scratch.keyless_filesystem,
             **failure_rules(run.output / "checkpoints", settings),

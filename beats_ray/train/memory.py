@@ -27,6 +27,7 @@ from beats_ray.train.flops import (
     Precision,
     RunKind,
     masked_counts,
+    num_classes_of_published,
     num_codebooks_of_published,
     num_codes_of_published,
     patches_of,
@@ -208,8 +209,9 @@ def step_activations(
         return inputs + _pretrain(config, batch, num_logits)
     source = EncoderConfig.model_validate(published["config"]["encoder"])
     if isinstance(config, DistillConfig):
-        inputs = _inputs(batch, config, config.encoder.resolve(), source.width)
-        return inputs + _distill(config, batch, source.width)
+        target_width = num_classes_of_published(published) or source.width
+        inputs = _inputs(batch, config, config.encoder.resolve(), target_width)
+        return inputs + _distill(config, batch, target_width)
     assert kind == "finetune", kind
     encoder = source.model_copy(update={"dropout": config.dropout, "layer_drop": config.layer_drop})
     return _inputs(batch, config, encoder) + _finetune(config, batch, encoder, num_classes)

@@ -29,7 +29,16 @@ from beats_ray.data.parts import count_clips
 from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.data.storage import open_place
 from beats_ray.models.config import EncoderConfig
-from beats_ray.train.checks import PLACES, ConfigT, RunConfig, find_mistakes, keep_batch, read_inputs, training_part
+from beats_ray.train.checks import (
+    PLACES,
+    ConfigT,
+    RunConfig,
+    find_mistakes,
+    keep_batch,
+    read_inputs,
+    resolve_settings,
+    training_part,
+)
 from beats_ray.train.flops import (
     RunKind,
     num_codebooks_of_published,
@@ -181,17 +190,21 @@ def _build(
         from beats_ray.train.pretrain import PretrainTask
 
         codes, codebooks = num_codes_of_published(published), num_codebooks_of_published(published)
-        pretraining = PretrainTask(config, codes, None, codebooks).module
+        pretraining = PretrainTask(config, codes, None, num_codebooks=codebooks).module
         frozen: nn.Module | None = None
         if not config.labels and published["kind"] == "self_distilled_tokenizer":
             frozen = SelfDistilledTokenizer(TokenizerConfig.model_validate(published["config"]["tokenizer"]))
         return pretraining, pretraining.predictor.encoder, frozen
     source = BeatsEncoder(EncoderConfig.model_validate(published["config"]["encoder"]))
     if isinstance(config, DistillConfig):
+        from beats_ray.models import AudioClassifier, ClassifierConfig
         from beats_ray.train.distill import DistillTask
 
-        distillation = DistillTask(config, source).module
-        return distillation, distillation.model.tokenizer, source
+        teacher: BeatsEncoder | AudioClassifier = source
+        if published["kind"] == "classifier":
+            teacher = AudioClassifier(source, ClassifierConfig.model_validate(published["config"]["classifier"]))
+        distillation = DistillTask(config, teacher).module
+        return distillation, distillation.model.tokenizer, teacher
     from beats_ray.train.finetune import FinetuneTask
 
     finetuning = FinetuneTask(config, source, manifest).module
@@ -232,9 +245,10 @@ def dry_run(job: type[ConfigT], path: str | None, overrides: list[str], console:
     if config is None or lines:  # beside wrong settings, what can be looked at is what the run starts from
         return _distinct([*lines, *map(str, read_inputs(kind, _places_only(job, values)).mistakes)])
     inputs = read_inputs(kind, config)
-    mistakes = inputs.mistakes + find_mistakes(kind, config, inputs)
+    resolved = resolve_settings(config, inputs)
+    mistakes = inputs.mistakes + find_mistakes(kind, resolved, inputs)
     if not mistakes and inputs.manifest is not None and inputs.published is not None:
-        show_plan(plan_run(kind, config, inputs.manifest, inputs.published), console)
+        show_plan(plan_run(kind, resolved, inputs.manifest, inputs.published), console)
     return _distinct([str(mistake) for mistake in mistakes])
 
 

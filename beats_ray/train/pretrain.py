@@ -106,12 +106,22 @@ class PretrainModule(nn.Module):
 
 
 class PretrainTask:
-    """Masked label prediction on labels of the batch, or of `tokenizer` where the batch has none."""
+    """Masked label prediction on labels of the batch, or of `tokenizer` where the batch has none.
+
+    initial: an encoder of the same settings, whose weights training goes on from.
+    """
 
     def __init__(
-        self, settings: PretrainSettings, num_codes: int, tokenizer: Tokenizer | None, num_codebooks: int = 1
+        self,
+        settings: PretrainSettings,
+        num_codes: int,
+        tokenizer: Tokenizer | None,
+        initial: BeatsEncoder | None = None,
+        num_codebooks: int = 1,
     ) -> None:
         encoder = BeatsEncoder(settings.encoder.resolve(), settings.encoder.positions)
+        if initial is not None:
+            encoder.load_state_dict(initial.state_dict())
         encoder.use(checkpoint_layers=settings.train.activation_checkpointing)
         predictor = PredictorConfig(
             num_layers=settings.predictor.num_layers,

@@ -12,7 +12,7 @@ from beats_ray.data.parts import ClipPart, count_clips
 from beats_ray.data.storage import open_place, with_retries
 from beats_ray.inference import load_published
 from beats_ray.models import describe_model
-from beats_ray.train.checks import run_identity, training_part
+from beats_ray.train.checks import training_part
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
 from beats_ray.train.flops import step_flops_per_clip
@@ -50,7 +50,7 @@ def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
 
 
 def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
-    identity = fingerprint(run_identity(run.config) | {"output": run.output.uri})
+    identity = fingerprint(run.identity | {"output": run.output.uri})
     name = "/".join(run.output.uri.rstrip("/").rsplit("/", 2)[-2:])
     return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
 
@@ -68,7 +68,8 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
 
         tokenizer: Any = load_published(open_place(config.tokenizer))
         on_the_fly = None if config.labels else tokenizer
-        task = PretrainTask(config, num_codes_of(tokenizer), on_the_fly, num_codebooks_of(tokenizer))
+        initial: Any = load_published(open_place(config.initial)) if config.initial else None
+        task = PretrainTask(config, num_codes_of(tokenizer), on_the_fly, initial, num_codebooks_of(tokenizer))
         return task, describe_model(tokenizer)
     if run.kind == "distill":
         from beats_ray.train.distill import DistillTask

@@ -6,6 +6,8 @@ ran to the end is published to `output/model`. The test part is looked at once b
 nothing.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from beats_ray.config import (
@@ -20,23 +22,28 @@ from beats_ray.config import (
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
+from beats_ray.identity import content_keys, stage_identity
 from beats_ray.inference import check_published
 from beats_ray.stage import is_complete, run_stage
-from beats_ray.train.checks import check_folds, run_identity
+from beats_ray.train.checks import check_folds
 from beats_ray.train.held_out import clips_in, find_parts
 from beats_ray.train.jobs import Run, Written, load_cache
 from beats_ray.tune.space import check_space, tune_domains
 
 
-def run_sweep(config: SweepConfig, console: Console) -> Written:
-    """Runs (or resumes) the sweep; writes `output/leaderboard.json` and the best model to `output/model`."""
+def run_sweep(config: SweepConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
+    """Runs (or resumes) the sweep; writes `output/leaderboard.json` and the best model to `output/model`.
+
+    keys: of the inputs, as part of the sweep's identity; by their content where not given.
+    """
     output = open_place(config.output)
     manifest = read_manifest(open_place(config.data.path))
     if not is_complete(output):
         check_published(open_place(config.encoder), "encoder", ("encoder",))
         check_sweep(config.finetune, config.sweep)
         check_folds(trial_config(config, "check", {}), manifest)
-    run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output))
+    identity = stage_identity(config, content_keys(config) if keys is None else keys)
+    run_stage(output, identity, lambda: _sweep(config, manifest, output))
     board = (output / "leaderboard.json").read_json()
     best, stopped = board["best"], sum(row["stopped_early"] for row in board["trials"])
     validation, test = (best[f"{part}_{manifest.main_metric}"] for part in ("validation", "test"))
@@ -52,6 +59,18 @@ def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
     """ConfigError for a space that does not fit the settings, and for trials that the cluster can never run."""
     import ray
 
+    check_search(finetune, sweep)
+    total = ray.cluster_resources()
+    for name, needed in _trial_resources(finetune.train).items():
+        if needed > total.get(name, 0.0):
+            raise ConfigError(
+                f"a trial needs {needed:g} {name} (finetune.train.cpus_per_worker, use_gpu); the cluster has "
+                f"{total.get(name, 0.0):g}; lower it or use a larger cluster"
+            )
+
+
+def check_search(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
+    """ConfigError for settings that no cluster could run a sweep with."""
     if finetune.train.num_workers != 1:
         raise ConfigError(
             f"finetune.train.num_workers={finetune.train.num_workers}: a trial has one worker; use 1 and raise "
@@ -63,13 +82,6 @@ def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
             "validation_split or a validation_fraction above 0"
         )
     check_space(sweep.space, finetune)
-    total = ray.cluster_resources()
-    for name, needed in _trial_resources(finetune.train).items():
-        if needed > total.get(name, 0.0):
-            raise ConfigError(
-                f"a trial needs {needed:g} {name} (finetune.train.cpus_per_worker, use_gpu); the cluster has "
-                f"{total.get(name, 0.0):g}; lower it or use a larger cluster"
-            )
 
 
 def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any]) -> FinetuneConfig:
@@ -163,7 +175,8 @@ def run_trial(parameters: dict[str, Any], config: SweepConfig, manifest: Dataset
 
     trial_id = tune.get_context().get_trial_id()
     settings = trial_config(config, trial_id, parameters)
-    train_trial(Run("finetune", settings, manifest, open_place(settings.output), cache), tune.report)
+    identity = stage_identity(settings, {})  # the sweep's own has the keys
+    train_trial(Run("finetune", settings, manifest, open_place(settings.output), identity, cache), tune.report)
 
 
 def leaderboard(config: SweepConfig, manifest: DatasetManifest, results: Any) -> dict[str, Any]:
@@ -193,7 +206,8 @@ def leaderboard(config: SweepConfig, manifest: DatasetManifest, results: Any) ->
                 else frame[[column for column in ("step", metric, "train/loss") if column in frame]].to_dict("records"),
             }
         )
-    rows.sort(key=lambda row: (-(row[f"validation_{name}"] or 0.0), row["trial_id"]))
+    # Trials that do equally well come in the order of their settings: their names are drawn anew in each run.
+    rows.sort(key=lambda row: (-(row[f"validation_{name}"] or 0.0), json.dumps(row["config"], sort_keys=True)))
     finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
     parts = find_parts(trial_config(config, "check", {}), manifest)
     tested = clips_in(manifest, parts.test) if parts.test else 0

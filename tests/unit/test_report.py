@@ -193,6 +193,24 @@ def test_a_finished_run_is_wholly_on_the_page(tmp_path: Path) -> None:
     assert html.count("<polyline") > 10
 
 
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({"teacher": "iteration-1/sweep 0123456789abcdef"}, "iteration 1, fine-tuned model"),
+        ({"teacher": "iteration-1/pretrain 0123456789abcdef"}, "iteration 1, pre-trained encoder"),
+        ({"teacher": "sha256 0123456789abcdef"}, "a given model"),
+        ({"tokenizer": "sha256 0123456789abcdef"}, "none: given"),
+        ({}, "none: random projection"),
+    ],
+)
+def test_the_teacher_of_a_tokenizer_shows(inputs: dict[str, str], expected: str, tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    stage = run / "iteration-2" / "tokenizer" / "stage.json"
+    stage.write_json(stage.read_json() | {"config": {"inputs": inputs}})
+    write_report(run.uri)
+    assert expected in read_page(run)[1]
+
+
 def test_text_of_the_run_never_becomes_markup(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / "run.json").write_json({"name": "<script>alert(1)</script>", "config": CONFIG})

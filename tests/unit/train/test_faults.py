@@ -14,9 +14,9 @@ import torch
 
 from beats_ray.config import FinetuneConfig, IterateConfig, PretrainConfig, TrainSettings, UserError, validate
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.identity import run_identity
 from beats_ray.train import committed, faults
 from beats_ray.train.checkpoint import ResumeCheckpoints
-from beats_ray.train.checks import run_identity
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import WorkerContext, single_process_context
 from beats_ray.train.engine import can_fall

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beats_ray.config import DistillConfig, FinetuneConfig, PretrainConfig, load_config
 from beats_ray.models import (
+    AudioClassifier,
     BeatsEncoder,
+    ClassifierConfig,
     EncoderConfig,
     RandomProjectionTokenizer,
     SelfDistilledTokenizer,
@@ -31,6 +33,7 @@ from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.flops import (
     encoder_flops,
+    inference_flops,
     masked_counts,
     patches_of,
     peak_flops,
@@ -149,6 +152,22 @@ def test_a_step_of_tokenizer_training(preset: str, teacher_layer: int | None) ->
     extra = 3 * one_place(config.encoder.resolve()) + one_place(teacher.config)
     assert flops == CLIPS * (expected + extra)
     assert extra < 0.01 * expected
+
+
+def test_a_step_of_tokenizer_training_with_a_fine_tuned_teacher() -> None:
+    config = config_of(DistillConfig, "tiny", "tokenizer.num_codes=64")
+    teacher = AudioClassifier(BeatsEncoder(encoder_config("tiny", width=64, num_layers=3)), ClassifierConfig()).eval()
+    task = DistillTask(config, teacher)
+    quantizer = task.module.model.tokenizer.quantizer
+    quantizer.codebook_VD.normal_()
+    quantizer.batches_seen.fill_(config.tokenizer.init_batches)  # past k-means
+    flops = counted(task.module, *fbank(), torch.randn(CLIPS, PATCHES, 527))
+    with torch.no_grad():
+        judged = counted(teacher, *fbank())
+    place = one_place(teacher.encoder.config)
+    assert judged == CLIPS * (inference_flops(describe_model(teacher), SECONDS) + place)
+    expected = step_flops_per_clip("distill", config, describe_model(teacher))
+    assert flops + judged == CLIPS * (expected + 3 * one_place(config.encoder.resolve()) + place)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "mini"])

@@ -2,22 +2,20 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from beats_ray import cli
 from beats_ray.config import ConfigError, DistillConfig, FinetuneConfig, PretrainConfig, fingerprint, load_config
 from beats_ray.console import Console
-from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, shards_fingerprint
+from beats_ray.data.manifest import DatasetManifest, shards_fingerprint
 from beats_ray.data.storage import open_place
+from beats_ray.identity import content_keys, run_identity, stage_identity
 from beats_ray.models import (
     BeatsEncoder,
     QuantizerConfig,
@@ -28,17 +26,17 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.train import preflight
-from beats_ray.train.checks import find_mistakes, read_inputs, run_identity
+from beats_ray.train.checks import find_mistakes, read_inputs
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.jobs import run_finetune, run_pretrain
 from beats_ray.train.preflight import RunPlan, plan_run
 from beats_ray.train.pretrain import PretrainTask, num_codes_of
+from tests.support.prepared import CLIPS_OF_FOLD, write_dataset
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[3]
-CLIPS_OF_FOLD = {1: 4, 2: 6, 3: 10, 4: 20}
 SMALL = ["train.global_batch_size=12", "train.micro_batch_size=2", "train.num_workers=2", "data.clip_seconds=2"]
 TINY = ["encoder.preset=tiny", *SMALL]
 
@@ -73,41 +71,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     (folder / "labels" / "labels.json").write_text(json.dumps(fingerprint))
     parts = {name: folder / name for name in ("data", "tokenizer", "distilled", "encoder", "labels")}
     return Places(manifest=manifest, output=folder / "runs" / "new", **parts)
-
-
-def write_dataset(folder: Path, label_names: tuple[str, ...]) -> DatasetManifest:
-    """A prepared data set of two shards with two folds each; its audio is never decoded."""
-    (folder / "shards").mkdir(parents=True)
-    shards = []
-    for number, folds in enumerate([(1, 2), (3, 4)]):
-        path = folder / "shards" / f"{number:05}.parquet"
-        schema = pa.schema([("clip_id", pa.string()), ("audio", pa.binary()), ("num_samples", pa.int32()),
-                            ("labels", pa.list_(pa.int16()))])  # fmt: skip
-        with pq.ParquetWriter(path, schema) as writer:
-            for fold in folds:
-                rows = [
-                    {"clip_id": f"{fold}-{clip}", "audio": os.urandom(100), "num_samples": 32_000, "labels": [0]}
-                    for clip in range(CLIPS_OF_FOLD[fold])
-                ]
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-        groups = tuple(RowGroup(clips=CLIPS_OF_FOLD[fold], fold=fold, split="") for fold in folds)
-        shards.append(Shard(file=path.name, sha256=f"{number}", bytes=path.stat().st_size, row_groups=groups))
-    manifest = DatasetManifest(
-        name=folder.name,
-        label_names=label_names,
-        clips=40,
-        clips_by_fold={str(fold): clips for fold, clips in CLIPS_OF_FOLD.items()},
-        clips_by_split={},
-        seconds=80.0,
-        fbank_mean=15.0,
-        fbank_std=6.0,
-        source="s",
-        source_files=40,
-        quarantined=0,
-        shards=tuple(shards),
-    )
-    (folder / "dataset.json").write_text(manifest.model_dump_json())
-    return manifest
 
 
 def plan_of(kind: str, job: type, places: Places, *overrides: str) -> tuple[RunPlan, object]:
@@ -309,7 +272,7 @@ def test_a_mistake_beyond_the_settings(
         command == "pretrain"
     ) else None  # fmt: skip
     if taken is not None:
-        record = {"status": "running", "fingerprint": "0", "config": run_identity(taken)}
+        record = {"status": "running", "fingerprint": "0", "config": stage_identity(taken, content_keys(taken))}
         open_place(str(tmp_path / "TAKEN" / "stage.json")).write_json(record)
     for name in ("UNLABELLED", "DAMAGED", "OTHER", "TAKEN"):
         overrides = [override.replace(name, str(tmp_path / name)) for override in overrides]

@@ -1,0 +1,267 @@
+"""The stages of a BEATs run as a graph: what each one is, what it reads, and the key that follows from both.
+
+    stages = build_stages(config, manifest)
+    stages[-1].key        # changes with any setting or input that the result depends on, however far up
+
+    iteration-0/{pretrain,baselines,probe}               the untrained encoder and what does without one
+    iteration-1/{tokenizer,pretrain,probe,sweep}         labels of a random projection, computed on the fly
+    iteration-K/{tokenizer,labels,pretrain,probe,sweep}  labels of a tokenizer distilled from iteration K-1, or given
+
+A stage's inputs are other stages, by their keys, and the data set and given models, by their content. So a key is known
+before anything has run. Paths, the cluster and loggers are no part of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from beats_ray.config import (
+    ConfigError,
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    IterateConfig,
+    Job,
+    PretrainConfig,
+    SweepConfig,
+    TokenizeConfig,
+    fingerprint,
+)
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.storage import Place, open_place
+from beats_ray.identity import data_key, model_key, run_identity
+from beats_ray.inference import TOKENIZER_KINDS, check_published
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    iteration: int
+    name: str
+    title: str
+    """What the run shows when it comes to it."""
+    folder: Place
+    settings: Mapping[str, Any]
+    """The part of its identity that is not input."""
+    data: str = ""
+    """Key of the data set; empty where the stage reads none."""
+    models: Mapping[str, "Stage | str"] = field(default_factory=dict)
+    """Stages it starts from, or the key of a given model, by what they are to it."""
+    job: Job | None = None
+    """What does its work, where that is a command of its own."""
+    published: Mapping[str, Any] | None = None
+    """Description of the model that it will publish."""
+    source: Mapping[str, Any] | None = None
+    """Description of the model that its job starts from."""
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The key of everything that it reads."""
+        keys = {name: model.reference if isinstance(model, Stage) else model for name, model in self.models.items()}
+        return ({"data": self.data} if self.data else {}) | keys
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.settings, "inputs": self.inputs}
+
+    @cached_property
+    def key(self) -> str:
+        return fingerprint(self.identity)
+
+    @property
+    def label(self) -> str:
+        return f"iteration {self.iteration} {self.name}"
+
+    @property
+    def reference(self) -> str:
+        """How other stages name it among their inputs."""
+        return f"iteration-{self.iteration}/{self.name} {self.key}"
+
+    @property
+    def model(self) -> str:
+        """Where its published model is."""
+        return (self.folder / "model").uri
+
+
+def build_stages(config: IterateConfig, manifest: DatasetManifest) -> list[Stage]:
+    """All stages in the order in which they run. UserError where a given model cannot be read."""
+    return _Graph(config, manifest).stages
+
+
+class _Graph:
+    """Adds stage after stage; each method returns the one that it added."""
+
+    def __init__(self, config: IterateConfig, manifest: DatasetManifest) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._data = data_key(config.data.path)
+        self._run = open_place(config.output)
+        self.stages: list[Stage] = []
+        labelled = bool(manifest.label_names)
+        probed = labelled and not manifest.multi_label  # the probe and the baselines take one label a clip
+        untrained = self._untrained()
+        if probed:
+            self._add(0, "baselines", "baselines without an encoder", settings={}, data=self._data)
+            self._probe(0, untrained)
+        teacher: Stage | None = None
+        for iteration in range(1, config.iterations + 1):
+            tokenizer = self._tokenizer(iteration, teacher)
+            labels = self._labels(iteration, tokenizer) if self._has_labels(iteration) else None
+            encoder = self._pretrain(iteration, tokenizer, labels)
+            if probed:
+                self._probe(iteration, encoder)
+            tuned = self._sweep(iteration, encoder) if labelled else None
+            wants_tuned = iteration < config.iterations and config.teacher_of(iteration + 1) == "finetuned"
+            if wants_tuned and tuned is None:
+                raise ConfigError(
+                    f"teacher={list(config.teacher)}: {config.data.path} has no labels to fine-tune a teacher on; use "
+                    "pretrained, or give a labelled data set"
+                )
+            teacher = tuned if wants_tuned else encoder
+
+    def _add(self, iteration: int, name: str, title: str, **fields: Any) -> Stage:
+        job = fields.get("job")
+        if job is not None:
+            fields |= {"settings": run_identity(job), "data": self._data}
+        stage = Stage(iteration, name, title, self._folder(iteration, name), **fields)
+        self.stages.append(stage)
+        return stage
+
+    def _folder(self, iteration: int, name: str) -> Place:
+        return self._run / f"iteration-{iteration}" / name
+
+    def _common(self, iteration: int, name: str) -> dict[str, Any]:
+        return {"output": self._folder(iteration, name).uri, "ray": self._config.ray, "data": self._config.data}
+
+    def _has_labels(self, iteration: int) -> bool:
+        start = self._config.start
+        return iteration > 1 or bool(start.encoder or start.tokenizer)
+
+    def _untrained(self) -> Stage:
+        pretrain = self._config.pretrain
+        settings = {"encoder": pretrain.encoder.model_dump(mode="json"), "seed": pretrain.train.seed}
+        return self._add(
+            0, "pretrain", "untrained encoder", settings=settings, published=describe_encoder(self._config)
+        )
+
+    def _tokenizer(self, iteration: int, teacher: Stage | None) -> Stage:
+        from beats_ray.models import RandomProjectionConfig
+
+        start = self._config.start
+        if iteration == 1 and start.tokenizer:
+            given = check_published(open_place(start.tokenizer), "start.tokenizer", TOKENIZER_KINDS)
+            models = {"tokenizer": model_key(start.tokenizer)}
+            title = f"tokenizer, given: {start.tokenizer}"
+            return self._add(1, "tokenizer", title, settings={}, models=models, published=given)
+        if iteration == 1 and start.encoder:
+            given = check_published(open_place(start.encoder), "start.encoder", ("encoder", "classifier"))
+            title = f"tokenizer, distilled from {start.encoder}"
+            return self._distilled(1, title, start.encoder, model_key(start.encoder), given)
+        if teacher is None:
+            chosen = RandomProjectionConfig(**self._config.random_projection.model_dump())
+            description = {"kind": TOKENIZER_KINDS[0], "config": {"tokenizer": chosen.model_dump()}}
+            settings = self._config.random_projection.model_dump(mode="json")
+            return self._add(1, "tokenizer", "random-projection tokenizer", settings=settings, published=description)
+        what = "fine-tuned model" if teacher.name == "sweep" else "pre-trained encoder"
+        title = f"tokenizer, distilled from iteration {iteration - 1}'s {what}"
+        return self._distilled(iteration, title, teacher.model, teacher, teacher.published)
+
+    def _distilled(
+        self, iteration: int, title: str, teacher: str, key: Stage | str, source: Mapping[str, Any] | None
+    ) -> Stage:
+        from beats_ray.models.config import EncoderConfig
+        from beats_ray.train.distill import resolve_learning_rate, tokenizer_config
+
+        assert source is not None, title
+        fields = section_fields(self._config.distill)
+        job = DistillConfig(**self._common(iteration, "tokenizer"), teacher=teacher, **fields)
+        chosen = tokenizer_config(job, EncoderConfig.model_validate(source["config"]["encoder"]))
+        description = {"kind": TOKENIZER_KINDS[1], "config": {"tokenizer": chosen.model_dump()}}
+        return self._add(
+            iteration,
+            "tokenizer",
+            title,
+            job=resolve_learning_rate(job, source["kind"]),
+            models={"teacher": key},
+            published=description,
+            source=source,
+        )
+
+    def _labels(self, iteration: int, tokenizer: Stage) -> Stage:
+        job = TokenizeConfig(
+            **self._common(iteration, "labels"), tokenizer=tokenizer.model, **section_fields(self._config.inference)
+        )
+        models = {"tokenizer": tokenizer}
+        return self._add(
+            iteration, "labels", "labels of every clip", job=job, models=models, source=tokenizer.published
+        )
+
+    def _pretrain(self, iteration: int, tokenizer: Stage, labels: Stage | None) -> Stage:
+        job = PretrainConfig(
+            **self._common(iteration, "pretrain"),
+            tokenizer=tokenizer.model,
+            labels=labels.folder.uri if labels else "",
+            **section_fields(self._config.pretrain),
+        )
+        return self._add(
+            iteration,
+            "pretrain",
+            "masked pre-training",
+            job=job,
+            models={"tokenizer": tokenizer} | ({"labels": labels} if labels else {}),
+            published=describe_encoder(self._config),
+            source=tokenizer.published,
+        )
+
+    def _probe(self, iteration: int, encoder: Stage) -> Stage:
+        job = EvaluateConfig(
+            **self._common(iteration, "probe"),
+            model=encoder.model,
+            probe=self._config.probe,
+            **section_fields(self._config.inference),
+        )
+        title = "frozen linear probe over all folds"
+        return self._add(iteration, "probe", title, job=job, models={"model": encoder}, source=encoder.published)
+
+    def _sweep(self, iteration: int, encoder: Stage) -> Stage:
+        job = SweepConfig(
+            **self._common(iteration, "sweep"),
+            encoder=encoder.model,
+            finetune=self._config.finetune,
+            sweep=self._config.sweep,
+        )
+        head = {"num_classes": len(self._manifest.label_names), "multi_label": self._manifest.multi_label}
+        published = {"kind": "classifier", "config": {**describe_encoder(self._config)["config"], "classifier": head}}
+        return self._add(
+            iteration,
+            "sweep",
+            "fine-tuning sweep",
+            job=job,
+            models={"encoder": encoder},
+            published=published,
+            source=encoder.published,
+        )
+
+
+def describe_encoder(config: IterateConfig) -> dict[str, Any]:
+    """What `config.json` of the run's encoders will say."""
+    settings = config.pretrain.encoder
+    return {
+        "kind": "encoder",
+        "config": {"encoder": settings.resolve().model_dump(), "positions": settings.positions},
+    }
+
+
+def trial_of(stage: Stage) -> FinetuneConfig:
+    """The fine-tuning run that a trial of a sweep is, before anything is searched."""
+    from beats_ray.tune.sweep import trial_config
+
+    assert isinstance(stage.job, SweepConfig), stage.label
+    return trial_config(stage.job, "check", {})
+
+
+def section_fields(settings: Any) -> dict[str, Any]:
+    """The fields of a section, to be given to a job that has them at its top."""
+    return {name: getattr(settings, name) for name in type(settings).model_fields}

@@ -1,0 +1,168 @@
+"""`iterate`, killed at every boundary between stages and in the middle of each, publishes what an undisturbed run does.
+
+A small run on sample clips: two iterations with their sweeps. Every process of it is killed (SIGKILL) as soon as a
+stage's `stage.json` says that it is running, in training as soon as a checkpoint is committed, and again as soon as it
+says that it is complete; each time the same command is started again. Prints what each kill met.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from beats_ray.data.sample import make_sample_set
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
+
+ROOT = Path(__file__).parents[2]
+STAGES = [
+    "iteration-0/pretrain", "iteration-0/baselines", "iteration-0/probe",
+    "iteration-1/tokenizer", "iteration-1/pretrain", "iteration-1/probe", "iteration-1/sweep",
+    "iteration-2/tokenizer", "iteration-2/labels", "iteration-2/pretrain", "iteration-2/probe", "iteration-2/sweep",
+]  # fmt: skip
+"""In the order in which they run."""
+TRAINING = ("iteration-1/pretrain", "iteration-2/tokenizer", "iteration-2/pretrain")
+TRAIN = {
+    "steps": 8, "warmup_steps": 2, "global_batch_size": 8, "num_workers": 1, "cpus_per_worker": 1,
+    "checkpoint_every_steps": 2, "log_every_steps": 2, "loggers": "[]",
+}  # fmt: skip
+SMALL = [
+    "iterations=2", "data.clip_seconds=2", "ray.address=local", "ray.object_store_mib=256", "ray.num_cpus=6",
+    "pretrain.predictor.num_layers=1", "distill.tokenizer.init_batches=2", "inference.num_workers=1",
+    "finetune.validate_every_steps=4", "sweep.num_trials=2", "sweep.max_concurrent_trials=1",
+    "sweep.grace_validations=2", "teacher=finetuned",
+    *(f"{part}.encoder.{field}" for part in ("pretrain", "distill") for field in
+      ("preset=tiny", "overrides.num_layers=1", "overrides.conv_pos_kernel=16")),
+    *(f"{part}.train.{name}={value}" for part in ("pretrain", "distill", "finetune") for name, value in TRAIN.items()),
+]  # fmt: skip
+NUM_STAGES = int(os.environ.get("BEATS_RAY_KILL_STAGES", str(len(STAGES))))
+"""Only the first so many stages are disturbed; the run is finished all the same."""
+WAIT_SECONDS = 600
+
+
+class Runs:
+    """One run folder, and the command that works on it; all its processes carry a mark."""
+
+    def __init__(self, data: Path, output: Path) -> None:
+        self.output = output
+        self.log = output.with_suffix(".log")
+        self._mark = uuid.uuid4().hex
+        self._command = [sys.executable, "-m", "beats_ray", "iterate", f"data.path={data}", f"output={output}", *SMALL]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    def start(self) -> None:
+        self._started = time.time()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BEATS_RAY_TEST_MARK": self._mark},
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        assert self._process is not None
+        assert self._process.wait(1800) == 0, self.tail()
+
+    def kill_when(self, stage: str, is_complete: bool) -> str:
+        """Kills everything once the stage has come so far; returns what its state was when all was dead."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self._has_come(stage, is_complete):
+            assert self._process is not None
+            assert self._process.poll() is None, f"the run ended before {stage}:\n{self.tail()}"
+            assert time.monotonic() < deadline, f"{stage} took more than {WAIT_SECONDS} s:\n{self.tail()}"
+            time.sleep(0.01)
+        self._kill()
+        return self.status(stage)
+
+    def status(self, stage: str) -> str:
+        """What `stage.json` says; `absent` where there is none."""
+        try:
+            return str(json.loads((self.output / stage / "stage.json").read_text())["status"])
+        except FileNotFoundError:
+            return "absent"
+
+    def models(self) -> dict[str, str]:
+        """SHA-256 of the weights of every published model."""
+        found = {}
+        for stage in STAGES:
+            path = self.output / stage / "model" / "model.safetensors"
+            if path.exists():
+                found[stage] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def _has_come(self, stage: str, is_complete: bool) -> bool:
+        status = self.status(stage)
+        if status == "complete" or is_complete:
+            return status == "complete"
+        if status != "running" or (self.output / stage / "stage.json").stat().st_mtime < self._started:
+            return False  # not begun, or begun by the run before, whose kill came a moment after the boundary
+        folder = self.output / stage
+        if stage.endswith("sweep"):
+            return any(folder.glob("trials/*/checkpoints/*/commit.json"))
+        return stage not in TRAINING or any(folder.glob("checkpoints/*/commit.json"))
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        while marked := self._marked():
+            for process in marked:
+                try:
+                    process.kill()
+                    process.wait(10)
+                except psutil.NoSuchProcess:
+                    continue
+
+    def _marked(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark and process.status() != "zombie":
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+def prepare(folder: Path) -> Path:
+    make_sample_set(folder / "raw", num_clips=50)
+    command = [sys.executable, "-m", "beats_ray", "prepare", "esc50", str(folder / "raw"), str(folder / "data")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "ray.address=local"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    return folder / "data"
+
+
+def test_a_run_that_is_killed_everywhere_publishes_the_models_of_an_undisturbed_one(tmp_path: Path) -> None:
+    data = prepare(tmp_path)
+    undisturbed, disturbed = Runs(data, tmp_path / "undisturbed"), Runs(data, tmp_path / "disturbed")
+    began = time.monotonic()
+    undisturbed.start()
+    undisturbed.finish()
+    print(f"\nundisturbed: {time.monotonic() - began:.0f} s")
+    expected = undisturbed.models()
+    assert len(expected) == 7, expected  # 3 encoders, 2 tokenizers, 2 fine-tuned models
+
+    met = []
+    for stage in STAGES[:NUM_STAGES]:
+        for is_complete in (False, True):
+            began = time.monotonic()
+            disturbed.start()
+            status = disturbed.kill_when(stage, is_complete)
+            met.append((stage, status))
+            print(f"{stage}: killed when {status}, after {time.monotonic() - began:.0f} s", flush=True)
+    assert sum(status == "running" for _, status in met) >= len(set(TRAINING) & set(STAGES[:NUM_STAGES]))
+    disturbed.start()
+    disturbed.finish()
+    assert disturbed.models() == expected
+    kept = [path.name for path in disturbed.output.glob("iteration-*/*-*")]
+    assert kept == [], f"nothing was changed, so nothing should lie aside: {kept}"
