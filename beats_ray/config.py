@@ -115,6 +115,10 @@ class StreamSettings(Section):
     sampling: Literal["uniform", "balanced"] = "uniform"
     """`balanced` draws clips of rare labels more often (AudioSet recipe): an epoch is as long, with some clips several
     times and some not at all. Paper, AudioSet-2M fine-tuning: balanced."""
+    cache: Literal["auto", "always", "never"] = "auto"
+    """Fine-tuning: whether decoded clips stay in the object store, where `always` needs them to take at most 40 % of
+    it, and `auto` keeps them if they do; otherwise they are streamed, in the same batches. Trials of a sweep always
+    share decoded clips."""
     retry_seconds: PositiveFloat = 120.0
     """How long a read is tried again while the object store answers with errors or not at all."""
     prefetch_blocks: NonNegativeInt = 2
@@ -379,16 +383,41 @@ class AugmentSettings(Section):
 
 
 class FoldSettings(Section):
-    test_fold: int = 1
-    """Held-out fold: evaluated once, never used to choose anything. -1 keeps none apart."""
-    validation_fold: int = 2
-    """Fold that early stopping and model selection look at."""
+    """The parts of a data set that are kept apart: each a fold or a split, validation also a draw of training clips."""
+
+    test_fold: int | None = None
+    """Held-out fold: evaluated once, never used to choose anything. -1 keeps none apart. By default the first fold of a
+    data set that has folds."""
+    test_split: str | None = None
+    """Held-out split instead. By default, of a data set without folds, `test` or `eval`, where there is one."""
+    validation_fold: int | None = None
+    """Fold that early stopping and model selection look at. -1 keeps none apart. By default the fold after the test
+    fold."""
+    validation_split: str | None = None
+    """Split that they look at instead. By default, of a data set without folds, `validation` where there is one."""
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Fraction of the clips of each label that is kept apart for them instead, by a hash of the clip id; 0 keeps none
+    and trains on all clips that are not tested. By default 0.1 where there is neither fold nor split."""
+    seed: int = 0
+    """Seed of that draw; the same clips whatever `train.seed` is."""
 
     @model_validator(mode="after")
-    def _differ(self) -> Self:
-        if self.test_fold == self.validation_fold:
-            raise ValueError(f"validation_fold={self.validation_fold} is also the test fold; choose another fold")
+    def _one_of_each(self) -> Self:
+        for part, kinds in (("test", ("fold", "split")), ("validation", ("fold", "split", "fraction"))):
+            names = [name for name in (f"{part}_{kind}" for kind in kinds) if getattr(self, name) is not None]
+            if len(names) > 1:
+                shown = " and ".join(f"{name}={getattr(self, name)}" for name in names)
+                raise ValueError(f"{shown} each say what the {part} part is; set one of them")
+        for kind, none in (("fold", -1), ("split", None)):
+            test, validation = getattr(self, f"test_{kind}"), getattr(self, f"validation_{kind}")
+            if test == validation and test not in (None, none):
+                raise ValueError(f"validation_{kind}={validation} is also the test {kind}; choose another {kind}")
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any part is kept apart to choose by."""
+        return self.validation_fold != -1 and self.validation_split != "none" and self.validation_fraction != 0.0
 
 
 class SearchParameter(Section):
@@ -439,7 +468,7 @@ class FinetuneSettings(Section):
     layer_drop: Fraction = 0.1
     """Probability of skipping an encoder layer during training. Paper: 0.1."""
     validate_every_steps: PositiveInt = 100
-    """Optimizer steps between two evaluations on the validation fold: the unit of early stopping."""
+    """Optimizer steps between two evaluations on the validation part: the unit of early stopping."""
     train: TrainSettings = TrainSettings(
         steps=6000, warmup_steps=600, learning_rate=1e-4, layer_decay=0.6, global_batch_size=64, zero_stage=1
     )

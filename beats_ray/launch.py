@@ -70,8 +70,8 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
         yield
 
 
-def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
-    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and the data pipeline need.
+def check_fits(settings: TrainSettings, data: StreamSettings, streams: int = 1) -> None:
+    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and so many data streams at once need.
 
     A stream that must wait for data nodes is only warned of: an autoscaler may start them.
     """
@@ -81,13 +81,14 @@ def check_fits(settings: TrainSettings, data: StreamSettings) -> None:
 
     warn_without_data_nodes(data)
     total = ray.cluster_resources()
-    reading = required_cpus(data)
+    reading = streams * required_cpus(data)
     workers = settings.min_workers
+    what = "the data stream" if streams == 1 else f"{streams} data streams"
     needed = workers * settings.cpus_per_worker + reading
     if needed > total.get("CPU", 0.0):
         raise ConfigError(
             f"train.num_workers={workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
-            f"for the data stream make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g} (a private one "
+            f"for {what} make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g} (a private one "
             "counts every core twice); lower num_workers or cpus_per_worker, or raise ray.num_cpus"
         )
     if settings.use_gpu and workers > total.get("GPU", 0.0):

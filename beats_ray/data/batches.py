@@ -141,10 +141,11 @@ def iterate_eval_batches(
     prefetch_blocks: int,
     *,
     num_clips: int,
+    bucket_samples: int = 0,
     device: "torch.device | str" = "cpu",
 ) -> Iterator[MicroBatch]:
     """A rank's share of `build_eval_stream`: over all ranks each clip once, the repetitions at the end dropped."""
-    for batch in _timed(_tensor_batches(iterator, micro_batch_size, prefetch_blocks)):
+    for batch in _timed(_tensor_batches(iterator, micro_batch_size, prefetch_blocks, bucket_samples)):
         real = int((batch.positions_B < num_clips).sum())
         if real:
             yield batch.first(real).to(device)

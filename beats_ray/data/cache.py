@@ -1,7 +1,7 @@
 """Decoded clips of a small data set in Ray's object store: read and decoded once, shared by every process of a node.
 
     cache = materialize_clips(dataset, manifest, settings)       # on the driver, through Ray Data
-    for batch in cache.batches(seed=0, folds=(3, 4, 5), ...):    # in any task, actor, trial or worker
+    for batch in cache.batches(seed=0, part=ClipPart(folds=(3, 4)), ...):    # in any task, actor, trial or worker
 
 The handle is small and pickles; processes see the same memory and copy only the micro-batch they train on. The order
 and the content of the batches are those of `build_stream`, bit for bit. The clips live as long as the driver.
@@ -22,18 +22,27 @@ from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
 from beats_ray.data.columns import list_views
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.parts import ClipPart, rows_of_part
 from beats_ray.data.plan import (
     SAMPLE_RATE_HZ,
     ClipPlan,
     ClipWeights,
     RowGroupRef,
+    Rows,
     balancing_weights,
     build_plan,
     micro_batch_start,
 )
 from beats_ray.data.shards import check_schema
 from beats_ray.data.storage import Place, with_retries
-from beats_ray.data.stream import bucket_samples_of, example_spec, length_buckets, open_reader, read_windows
+from beats_ray.data.stream import (
+    bucket_samples_of,
+    example_spec,
+    length_buckets,
+    open_reader,
+    read_windows,
+    wanted_part,
+)
 
 DECODE_CLIPS = 64  # clips of one call in a decode task
 STORE_FRACTION = 0.4  # of the object store, the rest is for what passes through it
@@ -60,20 +69,19 @@ class ClipCache:
         micro_batch_size: int,
         start_step: int,
         stop_step: int,
-        folds: Sequence[int] = (),
-        splits: Sequence[str] = (),
+        part: ClipPart | None = None,
         rank: int = 0,
         world_size: int = 1,
         augment_crop: bool = True,
     ) -> Iterator[MicroBatch]:
-        """A rank's micro-batches of steps [start_step, stop_step): what the stream with these settings would bring."""
+        """A rank's micro-batches of steps [start_step, stop_step): what the stream with these settings would bring.
+
+        part: the clips, by default those of the settings' folds and splits.
+        """
         assert global_batch_size % (micro_batch_size * world_size) == 0, (global_batch_size, micro_batch_size)
-        plan = build_plan(
-            self.manifest,
+        plan = self._plan(
+            part,
             seed=seed,
-            folds=folds or self.settings.folds,
-            splits=splits or self.settings.splits,
-            shuffle_window_clips=self.settings.shuffle_window_clips,
             weigh=self._weigh if self.settings.sampling == "balanced" else None,
             buckets=length_buckets(self.settings, global_batch_size),
         )
@@ -87,8 +95,7 @@ class ClipCache:
         self,
         *,
         micro_batch_size: int,
-        folds: Sequence[int] = (),
-        splits: Sequence[str] = (),
+        part: ClipPart | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[MicroBatch]:
@@ -96,33 +103,49 @@ class ClipCache:
 
         The last batch may be smaller; a rank may get no batch at all.
         """
-        plan = build_plan(
-            self.manifest,
-            folds=folds or self.settings.folds,
-            splits=splits or self.settings.splits,
-            shuffle_window_clips=self.settings.shuffle_window_clips,
-            shuffled=False,
-        )
+        plan = self._plan(part, shuffled=False)
         spec = example_spec(self.manifest, self.settings, plan, None)
         clips = plan.clips_per_epoch
         starts = range(rank * micro_batch_size, clips, world_size * micro_batch_size)
         yield from self._examples(plan, spec, ((start, min(start + micro_batch_size, clips)) for start in starts))
 
-    def _weigh(self, groups: tuple[RowGroupRef, ...]) -> ClipWeights:
-        firsts = [self._first_clip[_key(group)] for group in groups]
-        labels = [
-            [[int(label) for label in clip.label_ids] for clip in self._clips[first : first + group.clips]]
-            for first, group in zip(firsts, groups, strict=True)
-        ]
-        return balancing_weights(labels, len(self.manifest.label_names))
+    def _plan(self, part: ClipPart | None, **options: Any) -> ClipPlan:
+        part = part or wanted_part(self.settings)
 
-    def _examples(self, plan: ClipPlan, spec: ExampleSpec, spans: Iterator[tuple[int, int]]) -> Iterator[MicroBatch]:
-        missing = [group for group in plan.row_groups if (group.file, group.index) not in self._first_clip]
+        def choose(groups: tuple[RowGroupRef, ...]) -> Rows:
+            ids = [[clip.clip_id for clip in clips] for clips in self._clips_of(groups)]
+            return rows_of_part(part, ids, self._labels_of(groups))
+
+        return build_plan(
+            self.manifest,
+            folds=part.folds,
+            splits=part.splits,
+            shuffle_window_clips=self.settings.shuffle_window_clips,
+            choose=None if part.draw is None else choose,
+            **options,
+        )
+
+    def _weigh(self, groups: tuple[RowGroupRef, ...], rows: Rows | None) -> ClipWeights:
+        return balancing_weights(self._labels_of(groups), len(self.manifest.label_names), rows)
+
+    def _labels_of(self, groups: tuple[RowGroupRef, ...]) -> list[list[list[int]]]:
+        return [[[int(label) for label in clip.label_ids] for clip in clips] for clips in self._clips_of(groups)]
+
+    def _clips_of(self, groups: tuple[RowGroupRef, ...]) -> list[list[Clip]]:
+        self._check_held(groups)
+        firsts = [self._first_clip[_key(group)] for group in groups]
+        return [self._clips[first : first + group.clips] for first, group in zip(firsts, groups, strict=True)]
+
+    def _check_held(self, groups: tuple[RowGroupRef, ...]) -> None:
+        missing = [group for group in groups if _key(group) not in self._first_clip]
         if missing:
             raise UserError(
                 f"data.folds={list(self.settings.folds)}, data.splits={list(self.settings.splits)}: the cached clips "
                 f"lack row group {missing[0].index} of {missing[0].file}; widen them to all clips that the run uses"
             )
+
+    def _examples(self, plan: ClipPlan, spec: ExampleSpec, spans: Iterator[tuple[int, int]]) -> Iterator[MicroBatch]:
+        self._check_held(plan.row_groups)
 
         @lru_cache(maxsize=2)  # a micro-batch can straddle two windows
         def clips_of(ordinal: int) -> tuple[int, np.ndarray]:
@@ -182,12 +205,12 @@ def materialize_clips(
     with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
     reader = open_reader(dataset, manifest, plan, settings, labels)
     needed_mib = decoded_mib(manifest, plan)
-    store_mib = ray.cluster_resources().get("object_store_memory", 0.0) / 2**20
-    limit_mib = STORE_FRACTION * store_mib if limit_mib is None else limit_mib
+    limit_mib = cache_limit_mib() if limit_mib is None else limit_mib
     if needed_mib > limit_mib:
         raise UserError(
             f"{dataset.uri}: its clips need about {needed_mib:.0f} MiB decoded, {limit_mib:.0f} MiB of the object "
-            f"store may hold them; set ray.object_store_mib={int(needed_mib / STORE_FRACTION) + 1} or choose folds"
+            f"store may hold them; set ray.object_store_mib={int(needed_mib / STORE_FRACTION) + 1}, choose folds, or "
+            "let `finetune` stream them with data.cache=never"
         )
     rows = read_windows(reader, settings, 0, plan.clips_per_epoch)
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources()  # the clips are meant to stay
@@ -195,6 +218,20 @@ def materialize_clips(
         decode_whole_clips, batch_size=DECODE_CLIPS, batch_format="pyarrow", num_cpus=settings.decode_cpus
     )
     return ClipCache(manifest, settings, plan, tuple(decoded.materialize().to_arrow_refs()))
+
+
+def is_cached(manifest: DatasetManifest, settings: StreamSettings) -> bool:
+    """Whether a run that can stream keeps its decoded clips instead (`data.cache`); asks the cluster for its memory."""
+    if settings.cache != "auto":
+        return settings.cache == "always"
+    return (
+        decoded_mib(manifest, build_plan(manifest, folds=settings.folds, splits=settings.splits)) <= cache_limit_mib()
+    )
+
+
+def cache_limit_mib() -> float:
+    """What decoded clips may take of the cluster's object store."""
+    return STORE_FRACTION * float(ray.cluster_resources().get("object_store_memory", 0.0)) / 2**20
 
 
 def decoded_mib(manifest: DatasetManifest, plan: ClipPlan) -> float:

@@ -70,6 +70,11 @@ class DatasetManifest(Section):
     """How `prepare` made it; the same source and settings give the same bytes."""
 
     @property
+    def main_metric(self) -> Literal["accuracy", "mean_average_precision"]:
+        """What classifiers of these clips are compared and chosen by: accuracy where a clip has one label."""
+        return "mean_average_precision" if self.multi_label else "accuracy"
+
+    @property
     def versions(self) -> dict[str, str]:
         """The checksum of each shard, by file name."""
         return {shard.file: shard.sha256 for shard in self.shards}

@@ -5,6 +5,8 @@ g is positions [g * G, (g + 1) * G) whatever the number of workers, and to resum
 permutes the chosen row groups, cuts them into windows of whole row groups and permutes the clips of each window, so it
 holds every clip exactly once, and storage is read one row group at a time.
 
+A plan may leave out single clips of its row groups, as where a fraction of the training clips is kept apart.
+
 With weights an epoch is as long but holds a clip about as often as its weight asks: the expected number of copies,
 rounded up or down at random (systematic resampling), so that rare classes are seen as often as frequent ones and
 storage is still read one row group at a time.
@@ -93,6 +95,10 @@ def _copies(weights: ClipWeights, seed: int, epoch: int) -> np.ndarray:
     return np.diff(marks_N, prepend=0.0).astype(np.int64)
 
 
+Rows = tuple[np.ndarray, ...]
+"""Of each row group of a plan, in their order, the rows whose clips take part, ascending."""
+
+
 @dataclass(frozen=True)
 class ClipPlan:
     """The endless order of clips; build it with `build_plan`."""
@@ -106,10 +112,12 @@ class ClipPlan:
     """How often clips occur; every clip once in an epoch where None."""
     buckets: LengthBuckets | None = None
     """How clips of a window are brought together by length; not at all where None."""
+    rows: Rows | None = None
+    """Which clips of the row groups take part, at least one of each; all where None."""
 
-    @property
+    @cached_property
     def clips_per_epoch(self) -> int:
-        return sum(group.clips for group in self.row_groups)
+        return int(self._clips_G.sum())
 
     @property
     def windows_per_epoch(self) -> int:
@@ -167,19 +175,25 @@ class ClipPlan:
         return _generator(self.seed, epoch, 0).permutation(len(self.row_groups))
 
     @cached_property
+    def _clips_G(self) -> np.ndarray:
+        """Clips of each row group that take part."""
+        clips = [group.clips for group in self.row_groups] if self.rows is None else [len(rows) for rows in self.rows]
+        return np.array(clips, dtype=np.int64)
+
+    @cached_property
     def _group_starts(self) -> np.ndarray:
-        return np.cumsum([0, *(group.clips for group in self.row_groups)])
+        return np.cumsum([0, *self._clips_G])
 
     def _rows(self, epoch: int, place: int) -> np.ndarray:
         """The rows of one row group that an epoch holds, some of them several times where the plan has weights."""
-        rows = np.arange(self.row_groups[place].clips)
+        rows = np.arange(self.row_groups[place].clips) if self.rows is None else self.rows[place]
         if self.weights is None:
             return rows
         first, stop = self._group_starts[place : place + 2]
         return np.repeat(rows, _copies(self.weights, self.seed, epoch)[first:stop])
 
     def _window_starts(self, epoch: int, order_G: np.ndarray) -> tuple[np.ndarray, int]:
-        clips_G = np.array([group.clips for group in self.row_groups], dtype=np.int64)
+        clips_G = self._clips_G
         if self.weights is not None:
             clips_G = np.add.reduceat(_copies(self.weights, self.seed, epoch), self._group_starts[:-1])
         clips_G = clips_G[order_G]
@@ -195,12 +209,14 @@ def build_plan(
     splits: Sequence[str] = (),
     shuffle_window_clips: int = 1024,
     shuffled: bool = True,
-    weigh: Callable[[tuple[RowGroupRef, ...]], ClipWeights] | None = None,
+    choose: Callable[[tuple[RowGroupRef, ...]], Rows] | None = None,
+    weigh: Callable[[tuple[RowGroupRef, ...], Rows | None], ClipWeights] | None = None,
     buckets: LengthBuckets | None = None,
 ) -> ClipPlan:
     """The plan over the clips of the given folds and splits; empty means all. UserError where nothing matches.
 
-    weigh: gives the weights of the chosen row groups' clips, for balanced sampling. buckets: see `ClipPlan.by_length`.
+    choose: gives the rows of the chosen row groups that take part, where not all do. weigh: gives the weights of these
+    clips, for balanced sampling. buckets: see `ClipPlan.by_length`.
     """
     _check_exist("data.folds", folds, {group.fold for shard in manifest.shards for group in shard.row_groups})
     _check_exist("data.splits", splits, {group.split for shard in manifest.shards for group in shard.row_groups})
@@ -210,22 +226,36 @@ def build_plan(
         for index, group in enumerate(shard.row_groups)
         if (not folds or group.fold in folds) and (not splits or group.split in splits) and group.clips
     )
-    clips = sum(group.clips for group in chosen)
-    if not clips:
+    if not chosen:
         raise UserError(
             f"data.folds={list(folds)}, data.splits={list(splits)}: no clip of {manifest.name!r} is in both; widen them"
         )
+    rows = choose(chosen) if choose else None
+    if rows is not None:
+        chosen, rows = _without_empty(chosen, rows)
+    clips = sum(map(len, rows)) if rows is not None else sum(group.clips for group in chosen)
     per_window = max(1, round(shuffle_window_clips * len(chosen) / clips))
-    weights = weigh(chosen) if weigh else None
-    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled, weights, buckets)
+    weights = weigh(chosen, rows) if weigh else None
+    return ClipPlan(chosen, seed, min(per_window, len(chosen)), shuffled, weights, buckets, rows)
 
 
-def balancing_weights(labels_by_group: Sequence[Sequence[Sequence[int]]], num_labels: int) -> ClipWeights:
+def _without_empty(groups: tuple[RowGroupRef, ...], rows: Rows) -> tuple[tuple[RowGroupRef, ...], Rows]:
+    """The row groups of which any clip takes part: the others are never read."""
+    kept = [place for place, part in enumerate(rows) if len(part)]
+    assert kept, "a choice of no clip at all"
+    return tuple(groups[place] for place in kept), tuple(rows[place] for place in kept)
+
+
+def balancing_weights(
+    labels_by_group: Sequence[Sequence[Sequence[int]]], num_labels: int, rows: Rows | None = None
+) -> ClipWeights:
     """Weights under which every label is drawn about equally often: the sum of 1 / count over a clip's labels.
 
-    labels_by_group: the label ids of each clip, by row group. A clip without labels gets the smallest weight of all.
-    Source: the AudioSet recipe of PSLA and AST.
+    labels_by_group: the label ids of each clip, by row group. rows: those that take part, all where None; the others do
+    not count. A clip without labels gets the smallest weight of all. Source: the AudioSet recipe of PSLA and AST.
     """
+    if rows is not None:
+        labels_by_group = [[group[row] for row in part] for group, part in zip(labels_by_group, rows, strict=True)]
     flat = [label for group in labels_by_group for labels in group for label in labels]
     share_C = 1.0 / np.maximum(np.bincount(np.array(flat, dtype=np.int64), minlength=num_labels), 1)
     by_group = [np.array([share_C[list(labels)].sum() for labels in group]) for group in labels_by_group]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,12 +93,24 @@ def clip_labels(
 
     versions: see `WindowReader`.
     """
+    return [columns["labels"] for columns in _read_small(dataset, groups, versions, retry_seconds, ["labels"])]
 
-    def read(group: RowGroupRef) -> list[list[int]]:
+
+def clip_ids_and_labels(
+    dataset: Place, groups: Sequence[RowGroupRef], versions: dict[str, str], retry_seconds: float
+) -> tuple[list[list[str]], list[list[list[int]]]]:
+    """The same with the ids of the clips before them."""
+    found = _read_small(dataset, groups, versions, retry_seconds, ["clip_id", "labels"])
+    return [columns["clip_id"] for columns in found], [columns["labels"] for columns in found]
+
+
+def _read_small(
+    dataset: Place, groups: Sequence[RowGroupRef], versions: dict[str, str], retry_seconds: float, names: list[str]
+) -> list[dict[str, list[Any]]]:
+    def read(group: RowGroupRef) -> dict[str, list[Any]]:
         place = dataset / "shards" / group.file
-        table = with_retries(lambda: read_row_group(place, versions[group.file], group, ["labels"]), retry_seconds)
-        found: list[list[int]] = table["labels"].to_pylist()
-        return found
+        table = with_retries(lambda: read_row_group(place, versions[group.file], group, names), retry_seconds)
+        return table.to_pydict()
 
     with ThreadPoolExecutor(LABEL_THREADS) as threads:
         return list(threads.map(read, groups))

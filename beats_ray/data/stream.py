@@ -28,14 +28,15 @@ from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.parts import ClipPart, plan_of_part
 from beats_ray.data.plan import (
     SAMPLE_RATE_HZ,
     ClipPlan,
     ClipWeights,
     LengthBuckets,
     RowGroupRef,
+    Rows,
     balancing_weights,
-    build_plan,
 )
 from beats_ray.data.shards import WindowReader, check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, with_retries
@@ -81,22 +82,24 @@ def build_stream(
     num_workers: int = 1,
     labels: Place | None = None,
     augment_crop: bool = True,
+    part: ClipPart | None = None,
 ) -> "Dataset":
     """The clips of steps [start_step, stop_step), in blocks that hold consecutive micro-batches of one worker.
 
     Columns: position int64, clip_id string, audio int16 (S,), num_samples int32, targets uint8 (C,) and, with labels,
-    patch_labels int16 (N,). Which clips a step holds depends on seed, folds, splits, sampling and shuffle_window_clips,
-    with length buckets on clip_seconds and global_batch_size too, never on the number of workers or on start_step.
-    The last blocks may go on a little beyond stop_step. UserError where no clip matches or the labels are not those of
-    this data set.
+    patch_labels int16 (N,). Which clips a step holds depends on seed, part, sampling and shuffle_window_clips, with
+    length buckets on clip_seconds and global_batch_size too, never on the number of workers or on start_step. The last
+    blocks may go on a little beyond stop_step. part: the clips, by default those of the settings' folds and splits.
+    UserError where no clip matches or the labels are not those of this data set.
     """
     assert global_batch_size % (micro_batch_size * num_workers) == 0, (global_batch_size, micro_batch_size, num_workers)
     with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
-    plan = build_plan(
+    plan = plan_of_part(
+        dataset,
         manifest,
+        part or wanted_part(settings),
+        settings.retry_seconds,
         seed=seed,
-        folds=settings.folds,
-        splits=settings.splits,
         shuffle_window_clips=settings.shuffle_window_clips,
         weigh=weigher(dataset, manifest, settings),
         buckets=length_buckets(settings, global_batch_size),
@@ -154,16 +157,18 @@ def build_eval_stream(
     *,
     num_workers: int | None = None,
     labels: Place | None = None,
+    part: ClipPart | None = None,
 ) -> "Dataset":
     """Each chosen clip once, in the manifest's order, its middle where it is too long; positions are 0, 1, 2, ...
 
     With num_workers the last clips are followed by repetitions (positions from the number of clips on), so that every
     worker gets as many blocks; `iterate_eval_batches` drops them again.
     """
-    plan = build_plan(
+    plan = plan_of_part(
+        dataset,
         manifest,
-        folds=settings.folds,
-        splits=settings.splits,
+        part or wanted_part(settings),
+        settings.retry_seconds,
         shuffle_window_clips=settings.shuffle_window_clips,
         shuffled=False,
     )
@@ -184,6 +189,11 @@ def execution_options(settings: StreamSettings = DEFAULTS, num_workers: int = 1)
     return ExecutionOptions(preserve_order=True, resource_limits=limit, verbose_progress=False)
 
 
+def wanted_part(settings: StreamSettings) -> ClipPart:
+    """All clips that `data.folds` and `data.splits` name."""
+    return ClipPart(settings.folds, settings.splits)
+
+
 def required_cpus(settings: StreamSettings) -> float:
     """Logical CPUs that must stay free beside the training workers, or the stream cannot move."""
     return settings.read_tasks * READ_CPUS + settings.decode_cpus
@@ -191,14 +201,14 @@ def required_cpus(settings: StreamSettings) -> float:
 
 def weigher(
     dataset: Place, manifest: DatasetManifest, settings: StreamSettings
-) -> Callable[[tuple[RowGroupRef, ...]], ClipWeights] | None:
+) -> Callable[[tuple[RowGroupRef, ...], Rows | None], ClipWeights] | None:
     """What `build_plan` needs for `data.sampling`. UserError for balanced sampling of a set without labels."""
     if settings.sampling == "uniform":
         return None
     if not manifest.label_names:
         raise UserError(f"data.sampling=balanced: {dataset.uri} has no labels; use uniform")
-    return lambda groups: balancing_weights(
-        clip_labels(dataset, groups, manifest.versions, settings.retry_seconds), len(manifest.label_names)
+    return lambda groups, rows: balancing_weights(
+        clip_labels(dataset, groups, manifest.versions, settings.retry_seconds), len(manifest.label_names), rows
     )
 
 

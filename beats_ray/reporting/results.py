@@ -179,8 +179,8 @@ def _trial_grid(title: str, trials: list[dict[str, Any]], best: Any) -> Grid:
         values = trial.get("config") or {}
         cells = [
             str(trial.get("trial_id")),
-            figure(trial.get("validation_accuracy")),
-            figure(trial.get("test_accuracy")),
+            figure(_main_metric(trial, "validation_")),
+            figure(_main_metric(trial, "test_")),
         ]
         cells += [f"{number(trial.get('steps')) or 0:g}", state, *(_setting(values.get(name)) for name in names)]
         rows.append({"cells": cells, "kind": "best" if trial.get("trial_id") == best else ""})
@@ -191,10 +191,13 @@ def _trial_grid(title: str, trials: list[dict[str, Any]], best: Any) -> Grid:
 
 def _history(trial: dict[str, Any]) -> list[tuple[float, float]]:
     records = [record for record in trial.get("history") or [] if isinstance(record, dict)]
-    pairs = (
-        (number(r.get("step")), number(r.get("validation/accuracy", r.get("validation_accuracy")))) for r in records
-    )
+    pairs = ((number(record.get("step")), number(_main_metric(record, "validation/"))) for record in records)
     return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _main_metric(values: dict[str, Any], prefix: str) -> Any:
+    """What a sweep compares its trials by, accuracy or mean average precision: the one value of this prefix."""
+    return next((value for name, value in values.items() if name.startswith(prefix)), None)
 
 
 def codebooks(run: Run) -> Section:

@@ -67,11 +67,11 @@ class LeaderboardRow:
     gain_standard_error: float | None = None
     """Of `gain`: paired over clips where both have per-clip results, else both errors combined."""
     validation_accuracy: float | None = None
-    """Of the sweep's best trial, which was chosen by it."""
+    """Of the sweep's best trial, which was chosen by it; mean average precision where clips have several labels."""
     test_accuracy: float | None = None
-    """Of the same trial on the held-out fold."""
+    """Of the same trial on the test part."""
     test_standard_error: float | None = None
-    """Binomial, over the test fold's clips."""
+    """Binomial, over the clips of the test part; none of a mean average precision."""
     status: str = "complete"
 
 
@@ -113,9 +113,11 @@ class Run:
         return rows
 
     def _iteration_row(self, index: int, stages: dict[str, Stage], untrained: dict[str, Any]) -> LeaderboardRow:
-        probe, best = stages["probe"].result, _dict(stages["sweep"].result.get("best"))
+        probe, board = stages["probe"].result, stages["sweep"].result
+        best = _dict(board.get("best"))
+        metric = str(board.get("metric", "validation/accuracy")).removeprefix("validation/")
         gain, gain_error = paired_gain(probe, untrained) if index else (None, None)
-        test = number(best.get("test_accuracy"))
+        test = number(best.get(f"test_{metric}"))
         needed = ("pretrain", "probe") if index == 0 else STAGES[2:]
         started = [stage for stage in stages.values() if stage.status != "not started"]
         is_done = all(stages[name].status in ("complete", "done") for name in needed)
@@ -126,16 +128,15 @@ class Run:
             probe_standard_error=number(probe.get("standard_error")),
             gain=gain,
             gain_standard_error=gain_error,
-            validation_accuracy=number(best.get("validation_accuracy")),
+            validation_accuracy=number(best.get(f"validation_{metric}")),
             test_accuracy=test,
-            test_standard_error=self._test_error(test),
+            test_standard_error=_binomial_error(test, board.get("test_clips")) if metric == "accuracy" else None,
             status="complete" if is_done else f"{started[-1].name}: {started[-1].status}" if started else "not started",
         )
 
-    def _test_error(self, accuracy: float | None) -> float | None:
-        folds = _dict(_dict(self.config.get("finetune")).get("folds"))
-        clips = number(_dict(self.dataset.get("clips_by_fold")).get(str(folds.get("test_fold"))))
-        return math.sqrt(accuracy * (1 - accuracy) / clips) if accuracy is not None and clips else None
+
+def _binomial_error(accuracy: float | None, clips: Any) -> float | None:
+    return math.sqrt(accuracy * (1 - accuracy) / clips) if accuracy is not None and number(clips) else None
 
 
 def leaderboard_rows(run: str) -> list[LeaderboardRow]:

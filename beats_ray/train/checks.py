@@ -21,11 +21,13 @@ from beats_ray.config import (
     UserError,
 )
 from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import ClipPlan, build_plan
 from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 from beats_ray.stage import check_output, is_complete
 from beats_ray.train.flops import RunKind
+from beats_ray.train.held_out import find_parts, part_mistakes
 
 RunConfig = PretrainConfig | DistillConfig | FinetuneConfig
 ResultT = TypeVar("ResultT")
@@ -88,7 +90,7 @@ def find_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[User
     if manifest is not None:
         _attempt(lambda: _check_labelled(kind, config.data, manifest), mistakes)
         if isinstance(config, FinetuneConfig):
-            mistakes += fold_mistakes(config, manifest)
+            mistakes += part_mistakes(config, manifest)
         _attempt(lambda: training_plan(config, manifest), mistakes)
     return mistakes
 
@@ -107,58 +109,37 @@ def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-DATA_EXECUTION_FIELDS = {"buffer_mib", "decode_cpus", "placement", "prefetch_blocks", "read_tasks", "retry_seconds"}
+DATA_EXECUTION_FIELDS = {
+    "buffer_mib", "cache", "decode_cpus", "placement", "prefetch_blocks", "read_tasks", "retry_seconds",
+}  # fmt: skip
 """The same for `data`: how clips come, not which."""
 
 
 def training_plan(config: RunConfig, manifest: DatasetManifest) -> ClipPlan:
-    """The order of the clips that weights are fitted on, without `data.sampling`'s weights. UserError where none is."""
-    folds = training_folds(config, manifest) if isinstance(config, FinetuneConfig) else config.data.folds
+    """The order of the clips that weights are fitted on, without `data.sampling`'s weights. UserError where none is.
+
+    Of a part that a draw divides the plan has both sides: which clips are drawn is not in the manifest.
+    """
+    part = training_part(config, manifest)
     return build_plan(
         manifest,
         seed=config.train.seed,
-        folds=folds,
-        splits=config.data.splits,
+        folds=part.folds,
+        splits=part.splits,
         shuffle_window_clips=config.data.shuffle_window_clips,
     )
 
 
-def training_folds(config: FinetuneConfig, manifest: DatasetManifest) -> tuple[int, ...]:
-    """The folds that weights are fitted on: neither the test nor the validation fold."""
-    held_out = (config.folds.test_fold, config.folds.validation_fold)
-    wanted = config.data.folds or tuple(sorted(int(fold) for fold in manifest.clips_by_fold))
-    return tuple(fold for fold in wanted if fold not in held_out)
+def training_part(config: RunConfig, manifest: DatasetManifest) -> ClipPart:
+    """The clips that weights are fitted on."""
+    if isinstance(config, FinetuneConfig):
+        return find_parts(config, manifest).training
+    return ClipPart(config.data.folds, config.data.splits)
 
 
 def check_folds(config: FinetuneConfig, manifest: DatasetManifest) -> None:
-    """ConfigError when the data set lacks a fold that training, validation or test needs."""
-    for mistake in fold_mistakes(config, manifest):
-        raise mistake
-
-
-def fold_mistakes(config: FinetuneConfig, manifest: DatasetManifest) -> list[ConfigError]:
-    """Every fold that training, validation or test needs and the data set lacks."""
-    known = sorted(int(fold) for fold in manifest.clips_by_fold)
-    read = config.data.folds
-    mistakes = []
-    for name in ("validation_fold", "test_fold"):
-        fold = getattr(config.folds, name)
-        if fold == -1:
-            continue
-        if fold not in known:
-            text = f"folds.{name}={fold} is not a fold of {config.data.path}; it has {known}; choose one of them"
-            mistakes.append(ConfigError(text))
-        elif read and fold not in read:
-            text = f"folds.{name}={fold} is not among data.folds={list(read)}, the clips that are read; add it there"
-            mistakes.append(ConfigError(text))
-    if not training_folds(config, manifest):
-        mistakes.append(
-            ConfigError(
-                f"data.folds={list(config.data.folds)} leaves no fold to train on beside test fold "
-                f"{config.folds.test_fold} and validation fold {config.folds.validation_fold}; widen data.folds"
-            )
-        )
-    return mistakes
+    """ConfigError when the data set lacks a fold or split that training, validation or test needs."""
+    find_parts(config, manifest)
 
 
 def _attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT | None:

@@ -25,7 +25,7 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.train.loop import Prepared
-from beats_ray.train.metrics import MetricSums
+from beats_ray.train.metrics import MetricSums, RankedScores
 
 
 class FinetuneModule(nn.Module):
@@ -47,7 +47,10 @@ class FinetuneModule(nn.Module):
         with torch.no_grad():
             correct = targets_BC.gather(1, logits_BC.argmax(1, keepdim=True)).round().sum()
             count = torch.tensor(float(len(logits_BC)), device=logits_BC.device)
-        return loss, {"train/accuracy": (correct, count)}
+        sums: MetricSums = {"train/accuracy": (correct, count)}
+        if self.classifier.config.multi_label and not self.training:
+            sums["train/mean_average_precision"] = RankedScores(logits_BC, targets_BC)
+        return loss, sums
 
 
 class FinetuneTask:

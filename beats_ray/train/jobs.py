@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from beats_ray.config import (
     DistillConfig,
@@ -20,6 +20,7 @@ from beats_ray.config import (
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
@@ -28,8 +29,10 @@ from beats_ray.train.checks import (
     find_mistakes,
     read_inputs,
     run_identity,
+    training_part,
 )
 from beats_ray.train.flops import RunKind
+from beats_ray.train.held_out import find_parts
 from beats_ray.train.loggers import check_loggers
 
 WATCH_SECONDS = 1.0
@@ -61,6 +64,22 @@ class Run:
         settings: StreamSettings = self.config.data
         return settings
 
+    @property
+    def choose_by(self) -> str:
+        """The metric of the validation part by which weights and settings are compared."""
+        return f"validation/{self.manifest.main_metric}"
+
+    def held_out(self, part: Literal["validation", "test"]) -> ClipPart | None:
+        """The clips of a held-out part; None where the run has none."""
+        return getattr(find_parts(self.config, self.manifest), part) if self.kind == "finetune" else None
+
+    def streamed_parts(self) -> dict[str, ClipPart]:
+        """The clips of each stream that the run reads, by its name."""
+        parts = {"validation": self.held_out("validation"), "test": self.held_out("test")}
+        return {"train": training_part(self.config, self.manifest)} | {
+            name: part for name, part in parts.items() if part is not None
+        }
+
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Written:
     """Pre-trains an encoder on tokenizer labels; writes `output/model`."""
@@ -73,9 +92,16 @@ def run_distill(config: DistillConfig, console: Console) -> Written:
 
 
 def run_finetune(config: FinetuneConfig, console: Console) -> Written:
-    """Fine-tunes an encoder on the folds that are neither test nor validation; writes `output/model`."""
+    """Fine-tunes an encoder on the clips that are neither tested nor chosen by; writes `output/model`.
+
+    Small data sets are decoded once and stay in the object store (`data.cache`), others are streamed.
+    """
+    from beats_ray.data.cache import is_cached
+
     run = _checked("finetune", config)
-    return _train(replace(run, cache=load_cache(config.data, run.manifest)), console)
+    if not is_complete(run.output) and is_cached(run.manifest, config.data):
+        run = replace(run, cache=load_cache(config.data, run.manifest))
+    return _train(run, console)
 
 
 def fit_run(run: Run, console: Console) -> Written:
@@ -103,7 +129,7 @@ def _train(run: Run, console: Console) -> Written:
     """Runs to the end, or returns at once when it has been run already with the same config."""
     check_loggers(run.train.loggers)
     if not is_complete(run.output):
-        check_fits(run.train, run.data)
+        check_fits(run.train, run.data, streams=_open_streams(run))
 
     def work() -> None:
         with watch(run, console):
@@ -111,6 +137,11 @@ def _train(run: Run, console: Console) -> Written:
 
     run_stage(run.output, run_identity(run.config), work)
     return _written(run)
+
+
+def _open_streams(run: Run) -> int:
+    """Streams whose tasks may hold CPUs at one time: held-out clips are read while that of the training clips waits."""
+    return min(2, len(run.streamed_parts())) if run.cache is None else 1
 
 
 def _written(run: Run) -> Written:
@@ -130,8 +161,9 @@ def _fit(run: Run) -> None:
         from beats_ray.train.streaming import StreamedRun, TrainStream
 
         labels = getattr(run.config, "labels", "")
-        streamed = StreamedRun(run.data, run.train, run.manifest, labels, run.output / "checkpoints")
-        datasets, data_config = {"train": lambda: None}, TrainStream(streamed)
+        parts = run.streamed_parts()
+        streamed = StreamedRun(run.data, run.train, run.manifest, labels, run.output / "checkpoints", parts)
+        datasets, data_config = {name: lambda: None for name in parts}, TrainStream(streamed)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     scratch = run.output / "ray-train"
     trainer = TorchTrainer(
@@ -276,6 +308,7 @@ _SHOWN = {
     "train/clip_band_loss": "clip-band loss",
     "tokenizer/perplexity": "perplexity",
     "validation/accuracy": "validation accuracy",
+    "validation/mean_average_precision": "validation mAP",
     "data/wait_fraction": "data wait",
     "train/skipped_steps": "skipped steps",
     "train/recoveries": "recoveries",

@@ -83,12 +83,14 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
     output: Place,
     *,
     validate_every_steps: int | None = None,
+    choose_by: str = "validation/accuracy",
     flops_per_clip: int = 0,
     build_loggers: Callable[[int], Sequence[Logger]] | None = None,
 ) -> dict[str, float]:
     """Trains `task` to `settings.steps` and publishes the model to `output/model`; resumes by itself.
 
     Returns the last reported metrics. Every worker calls it with the same arguments but its own `context` and `source`.
+    choose_by: the metric whose best checkpoint stays on storage.
     flops_per_clip: model FLOPs of a clip in a training step, for `perf/mfu`; 0 leaves that metric out.
     build_loggers: gives the loggers of a run that goes on from a step; TensorBoard's where there is none.
     """
@@ -144,7 +146,7 @@ def run_training(  # noqa: C901, PLR0912  # the whole order of a run, in one pla
         if saves:
             if log:  # first: a resumed run drops records beyond its checkpoint, but cannot invent missing ones
                 with_retries(log.flush, settings.storage_retry_seconds)
-            checkpoints.save(engine, done, metrics.get("validation/accuracy") if validates else None)
+            checkpoints.save(engine, done, metrics.get(choose_by) if validates else None)
             if noticed:  # there may be no next step
                 checkpoints.wait()
         if reports and not last:
@@ -174,7 +176,7 @@ def _train_step(engine: Engine, prepared: list[Prepared], step: int, context: Wo
 def evaluate(
     task: Task, engine: Engine, source: BatchSource, context: WorkerContext, part: HeldOut
 ) -> dict[str, float]:
-    """Means over the held-out clips, exact over workers; names begin with `validation/` or `test/`.
+    """Metrics over all held-out clips, exact over workers; names begin with `validation/` or `test/`.
 
     Of the averaged weights, where `train.ema_decay` keeps them: those that are published.
     """

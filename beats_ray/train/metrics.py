@@ -1,13 +1,17 @@
 """Metrics of a run: exact means over all workers, and where they are written.
 
-A metric is a pair (sum, count). Sums are kept on the device and reduced over the workers only on logging steps.
+A metric is a pair (sum, count). Sums are kept on the device and reduced over the workers only on logging steps. What is
+no mean over clips, average precision, is computed from the scores of all clips, which the workers gather.
 """
 
 import json
+import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,20 +20,40 @@ from beats_ray.models import codebook_usage
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.loggers import Logger, TensorBoardLogger
 
-MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor]
-"""Name -> (sum, count), both scalars on the training device; or, for `.../code_counts`, how often each code came up."""
+
+@dataclass(frozen=True)
+class RankedScores:
+    """What a classifier says of some clips, to be ranked among all others: B clips, C classes."""
+
+    scores_BC: Tensor
+    targets_BC: Tensor
+    """1 where the clip has the label."""
+
+
+MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor | RankedScores]
+"""Name -> (sum, count), both scalars on the training device; or, for `.../code_counts`, how often each code came up; or
+scores, of which the metric is the mean average precision over all clips."""
 
 CODE_COUNTS = "/code_counts"
 
 
 class MetricMeans:
-    """Sums up and gives count-weighted means over all workers; of code counts, used fraction and perplexity."""
+    """Sums up and gives count-weighted means over all workers; of code counts, used fraction and perplexity.
+
+    Of scores, the mean average precision; they are held in host memory, and whole on every worker for a moment: 4 C + C
+    bytes for a clip of C classes.
+    """
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
+        self._scores: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, sums: MetricSums) -> None:
         for name, value in sums.items():
+            if isinstance(value, RankedScores):
+                scores_BC, targets_BC = value.scores_BC.detach().float(), value.targets_BC.detach() > 0.5
+                self._scores.setdefault(name, []).append((scores_BC.cpu().numpy(), targets_BC.cpu().numpy()))
+                continue
             total = (
                 torch.stack([part.detach().double() for part in value]) if isinstance(value, tuple) else value.double()
             )
@@ -38,7 +62,11 @@ class MetricMeans:
     def reduce(self, context: WorkerContext) -> dict[str, float]:
         """Means over everything added since the last call, the same on every worker; all must call it."""
         shapes: dict[str, int] = {}
-        for held in context.gather({name: total.numel() for name, total in self._totals.items()}):
+        scored: set[str] = set()
+        for held, names_of_scores in context.gather(
+            ({name: total.numel() for name, total in self._totals.items()}, list(self._scores))
+        ):
+            scored.update(names_of_scores)
             shapes |= held  # a worker without any batch of its own still takes part in the sums
         names = sorted(shapes)
         if not names:
@@ -56,7 +84,22 @@ class MetricMeans:
                 means[f"{prefix}/used_code_fraction"], means[f"{prefix}/perplexity"] = codebook_usage(part)
             elif part[1] > 0:
                 means[name] = float(part[0] / part[1])
-        return means
+        return means | {name: self._reduce_scores(name, context) for name in sorted(scored)}
+
+    def _reduce_scores(self, name: str, context: WorkerContext) -> float:
+        gathered = [part for parts in context.gather(self._scores.pop(name, [])) for part in parts]
+        scores_NC, truth_NC = (np.concatenate([part[index] for part in gathered]) for index in (0, 1))
+        return mean_average_precision(truth_NC, scores_NC)
+
+
+def mean_average_precision(truth_NC: np.ndarray, score_NC: np.ndarray) -> float:
+    """The mean over classes that have positives of their average precision, as AudioSet does it; NaN without any."""
+    from sklearn.metrics import average_precision_score
+
+    present_C = truth_NC.any(0)
+    if not present_C.any():
+        return math.nan
+    return float(average_precision_score(truth_NC[:, present_C], score_NC[:, present_C], average="macro"))
 
 
 def code_counts(labels_BN: Tensor, num_codes: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Before a run: what it will compute, hold and write, from its config and the data set's manifest alone.
+"""Before a run: what it will compute, hold and write, from its config and the data set's manifest.
 
     beats-ray pretrain CONFIG.yaml --dry-run
 
-Neither a GPU nor a cluster is needed. Parameters are counted on the module itself, built without memory on PyTorch's
-`meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
+Neither a GPU nor a cluster is needed, and no audio is read. Parameters are counted on the module itself, built without
+memory on PyTorch's `meta` device; FLOPs and memory come from the formulas of `flops.py` and `memory.py`.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,11 @@ from beats_ray.config import (
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.parts import count_clips
 from beats_ray.data.plan import ClipPlan, build_plan
+from beats_ray.data.storage import open_place
 from beats_ray.models.config import EncoderConfig
-from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, training_plan
+from beats_ray.train.checks import PLACES, RunConfig, find_mistakes, read_inputs, training_part
 from beats_ray.train.flops import RunKind, num_codes_of_published, step_flops_per_clip
 from beats_ray.train.memory import FP32_BYTES, TrainingState, step_activations, training_state
 
@@ -59,7 +61,7 @@ class RunPlan:
     clip_seconds: float
     clips_per_epoch: int
     shard_bytes: int
-    """Bytes of the row groups that an epoch reads; fine-tuning reads all folds once and keeps them decoded."""
+    """Bytes of the row groups that the run reads: in each epoch, or once where fine-tuning keeps them decoded."""
     size: ModelSize
     flops_per_clip: int
     activation_bytes: int
@@ -112,7 +114,8 @@ class RunPlan:
 
 def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, published: Mapping[str, Any]) -> RunPlan:
     """The plan of a run whose config, data set and published model have been checked."""
-    clips = training_plan(config, manifest)
+    part, retry_seconds = training_part(config, manifest), config.data.retry_seconds
+    clips_per_epoch = count_clips(open_place(config.data.path), manifest, part, retry_seconds)
     classes = len(manifest.label_names)
     size = measure_model(config, manifest, published)
     stages = [stage for stage in range(4) if stage or config.train.precision == "fp32"]  # as `TrainSettings` demands
@@ -124,7 +127,7 @@ def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, publis
         kind=kind,
         train=config.train,
         clip_seconds=config.data.clip_seconds,
-        clips_per_epoch=clips.clips_per_epoch,
+        clips_per_epoch=clips_per_epoch,
         shard_bytes=_shard_bytes(_clips_read(config, manifest), manifest),
         size=size,
         flops_per_clip=step_flops_per_clip(kind, config, published, classes),
@@ -240,13 +243,14 @@ def show_plan(plan: RunPlan, console: Console) -> None:
         batch += f"; {sound:,.0f} s of sound for the {train.global_batch_seconds:,.0f} s asked for"
     flops = [f"{_si(one)}FLOP a {what}" for one, what in ((plan.flops_per_clip, "clip"), (plan.flops_per_step, "step"))]
     kept = f"{plan.checkpoints_kept} kept: {_binary(plan.checkpoints_kept * plan.checkpoint_bytes)}"
+    shards_read = "once, or, streamed, in each epoch" if plan.kind == "finetune" else "per epoch"
     rows = [
         ("global batch", f"{train.global_batch_size} clips = {batch}"),
         ("epoch", f"{plan.clips_per_epoch:,} clips of {plan.clip_seconds:g} s, {plan.steps_per_epoch:,.1f} steps"),
         ("run", f"{train.steps:,} steps, {plan.epochs:,.1f} epochs, {plan.clips:,} clips, {plan.audio_hours:,.1f} h"),
         ("parameters", f"{size.trained:,} trained, {size.frozen:,} frozen"),
         ("model FLOPs", f"{', '.join(flops)}, {_si(plan.flops)}FLOP in all"),
-        ("shards read", f"{_binary(plan.shard_bytes)} {'once' if plan.kind == 'finetune' else 'per epoch'}"),
+        ("shards read", f"{_binary(plan.shard_bytes)} {shards_read}"),
         ("checkpoints", f"{plan.checkpoints_written:,} of {_binary(plan.checkpoint_bytes)}, {kept}"),
         ("published", _binary(size.published_bytes)),
     ]

@@ -10,8 +10,9 @@ import ray.train
 
 from beats_ray.config import StreamSettings, TrainSettings
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, open_place
-from beats_ray.data.stream import build_stream
+from beats_ray.data.stream import build_eval_stream, build_stream
 from beats_ray.train.committed import newest_sound_step
 
 
@@ -25,6 +26,8 @@ class StreamedRun:
     labels: str
     """Where patch labels are; empty where the run needs none."""
     checkpoints: Place
+    parts: dict[str, ClipPart]
+    """By the name of its stream: the clips of `train`, and of `validation` and `test` where the run has them."""
 
 
 class TrainStream(ray.train.DataConfig):
@@ -39,18 +42,29 @@ class TrainStream(ray.train.DataConfig):
     ) -> list[dict[str, Any]]:
         """One iterator for each worker, by rank; `datasets` only names them."""
         del worker_handles, worker_node_ids
-        run = self._run
-        stream = build_stream(
-            open_place(run.data.path),
-            run.manifest,
-            run.data,
-            seed=run.train.seed,
-            global_batch_size=run.train.global_batch_size,
-            micro_batch_size=run.train.micro_batch_size,
-            start_step=newest_sound_step(run.checkpoints),
-            stop_step=run.train.steps,
-            num_workers=world_size,
-            labels=open_place(run.labels) if run.labels else None,
-        )
-        (name,) = datasets
-        return [{name: share} for share in stream.streaming_split(world_size, equal=True)]
+        shares = {name: self.shares(name, world_size) for name in datasets}
+        return [{name: shares[name][rank] for name in shares} for rank in range(world_size)]
+
+    def shares(self, name: str, world_size: int) -> list[Any]:
+        """One iterator for each worker over the stream of this name: the order of training, or each held-out clip."""
+        run, part = self._run, self._run.parts[name]
+        dataset, micro_batch_size = open_place(run.data.path), run.train.micro_batch_size
+        if name == "train":
+            stream = build_stream(
+                dataset,
+                run.manifest,
+                run.data,
+                seed=run.train.seed,
+                global_batch_size=run.train.global_batch_size,
+                micro_batch_size=micro_batch_size,
+                start_step=newest_sound_step(run.checkpoints),
+                stop_step=run.train.steps,
+                num_workers=world_size,
+                labels=open_place(run.labels) if run.labels else None,
+                part=part,
+            )
+        else:
+            stream = build_eval_stream(
+                dataset, run.manifest, run.data, micro_batch_size, num_workers=world_size, part=part
+            )
+        return list(stream.streaming_split(world_size, equal=True))

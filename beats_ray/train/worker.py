@@ -8,10 +8,11 @@ import torch
 
 from beats_ray.config import fingerprint
 from beats_ray.data.batches import MicroBatch
+from beats_ray.data.parts import ClipPart, count_clips
 from beats_ray.data.storage import open_place
 from beats_ray.inference import load_published
 from beats_ray.models import describe_model
-from beats_ray.train.checks import run_identity, training_folds
+from beats_ray.train.checks import run_identity, training_part
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
 from beats_ray.train.flops import step_flops_per_clip
@@ -20,18 +21,22 @@ from beats_ray.train.loggers import Logger, build_loggers, flat_settings
 from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 
 
-def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
-    """Runs this worker's part of `run`; the context is Ray Train's unless given."""
+def train(
+    run: Run, context: WorkerContext | None = None, share: Callable[[str], Any] | None = None
+) -> dict[str, float]:
+    """Runs this worker's part of `run`; the context, and its share of a stream, are Ray Train's unless given."""
     context = context or ray_train_context()
     torch.manual_seed(run.train.seed)
     task, published = build_task(run)
-    source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
+    is_cached = run.cache is not None
+    source: BatchSource = CachedBatches(run, context) if is_cached else StreamedBatches(run, context, share)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
     flops = step_flops_per_clip(run.kind, run.config, published, len(run.manifest.label_names))
     with explained(run.train, context):
         return run_training(
             task, source, run.train, context, run.output,
-            validate_every_steps=validate_every, flops_per_clip=flops, build_loggers=partial(_build_loggers, run),
+            validate_every_steps=validate_every, choose_by=run.choose_by, flops_per_clip=flops,
+            build_loggers=partial(_build_loggers, run),
         )  # fmt: skip
 
 
@@ -39,7 +44,7 @@ def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
     """A Tune trial's run, alone in its process: every validation is reported to Tune with its number."""
 
     def report_validations(step: int, metrics: dict[str, float]) -> None:
-        if "validation/accuracy" in metrics:
+        if run.choose_by in metrics:
             report({**metrics, "validations": -(-step // run.config.validate_every_steps)})
 
     train(run, single_process_context(report_validations, run.train.use_gpu))
@@ -74,21 +79,22 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
 
 
 class StreamedBatches:
-    """Batches of Ray Data's stream; this worker's share of it comes from Ray Train."""
+    """Batches of Ray Data's streams; this worker's share of them comes from Ray Train."""
 
-    def __init__(self, run: Run, context: WorkerContext) -> None:
+    def __init__(self, run: Run, context: WorkerContext, share: Callable[[str], Any] | None = None) -> None:
+        """share: gives this worker's share of a stream by name: `train`, `validation` or `test`."""
         self._run = run
         self._context = context
+        self._share = share or _share_of_ray_train
+        self._held_out: dict[HeldOut, tuple[Any, int]] = {}
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
-        import ray.train
-
         from beats_ray.data.batches import iterate_micro_batches
         from beats_ray.data.stream import bucket_samples_of
 
         settings = self._run.train
         return iterate_micro_batches(
-            ray.train.get_dataset_shard("train"),
+            self._share("train"),
             micro_batch_size=settings.micro_batch_size,
             prefetch_blocks=self._run.data.prefetch_blocks,
             first_step=first_step,
@@ -101,7 +107,36 @@ class StreamedBatches:
         )
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
-        return None
+        from beats_ray.data.batches import iterate_eval_batches
+        from beats_ray.data.stream import bucket_samples_of
+
+        clips = self._run.held_out(part)
+        if clips is None:
+            return None
+        if part not in self._held_out:
+            self._held_out[part] = (self._share(part), self._count(clips))
+        share, num_clips = self._held_out[part]
+        return iterate_eval_batches(
+            share,
+            self._run.train.micro_batch_size,
+            self._run.data.prefetch_blocks,
+            num_clips=num_clips,
+            bucket_samples=bucket_samples_of(self._run.data),
+            device=self._context.device,
+        )
+
+    def _count(self, part: ClipPart) -> int:
+        """Clips of a part: the first worker counts them, since that may mean reading their ids."""
+        run, number = self._run, 0
+        if self._context.rank == 0:
+            number = count_clips(open_place(run.data.path), run.manifest, part, run.data.retry_seconds)
+        return int(self._context.gather(number)[0])
+
+
+def _share_of_ray_train(name: str) -> Any:
+    import ray.train
+
+    return ray.train.get_dataset_shard(name)
 
 
 class CachedBatches:
@@ -113,8 +148,8 @@ class CachedBatches:
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
         settings = self._run.train
-        batches: Iterator[MicroBatch] = self._run.cache.batches(
-            folds=training_folds(self._run.config, self._run.manifest),
+        batches = self._run.cache.batches(
+            part=training_part(self._run.config, self._run.manifest),
             seed=settings.seed,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
@@ -123,17 +158,16 @@ class CachedBatches:
             rank=self._context.rank,
             world_size=self._context.world_size,
         )
-        return batches
+        return (batch.to(self._context.device) for batch in batches)
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
-        folds = self._run.config.folds
-        fold = folds.validation_fold if part == "validation" else folds.test_fold
-        if fold == -1:
+        clips = self._run.held_out(part)
+        if clips is None:
             return None
-        batches: Iterable[MicroBatch] = self._run.cache.eval_batches(
-            folds=(fold,),
+        batches = self._run.cache.eval_batches(
+            part=clips,
             micro_batch_size=self._run.train.micro_batch_size,
             rank=self._context.rank,
             world_size=self._context.world_size,
         )
-        return batches
+        return (batch.to(self._context.device) for batch in batches)

@@ -1,8 +1,8 @@
-"""A sweep: Ray Tune looks for the fine-tuning settings that do best on the validation fold.
+"""A sweep: Ray Tune looks for the fine-tuning settings that do best on the validation part of the data set.
 
 Every trial runs the training loop in its Tune actor, so a trial's reservation is all it needs and a sweep cannot
 deadlock. Decoded clips are read once for all trials. ASHA stops trials that fall behind; the best of those that
-ran to the end is published to `output/model`. The test fold is looked at once by each finished trial and chooses
+ran to the end is published to `output/model`. The test part is looked at once by each finished trial and chooses
 nothing.
 """
 
@@ -23,10 +23,9 @@ from beats_ray.data.storage import Place, open_place
 from beats_ray.inference import check_published
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.train.checks import check_folds, run_identity
+from beats_ray.train.held_out import clips_in, find_parts
 from beats_ray.train.jobs import Run, Written, load_cache
 from beats_ray.tune.space import check_space, tune_domains
-
-METRIC = "validation/accuracy"
 
 
 def run_sweep(config: SweepConfig, console: Console) -> Written:
@@ -40,9 +39,11 @@ def run_sweep(config: SweepConfig, console: Console) -> Written:
     run_stage(output, run_identity(config), lambda: _sweep(config, manifest, output))
     board = (output / "leaderboard.json").read_json()
     best, stopped = board["best"], sum(row["stopped_early"] for row in board["trials"])
+    validation, test = (best[f"{part}_{manifest.main_metric}"] for part in ("validation", "test"))
+    shown, tested = manifest.main_metric.replace("_", " "), float("nan") if test is None else test
     console.note(
-        f"best of {len(board['trials'])} trials ({stopped} stopped early): validation accuracy "
-        f"{best['validation_accuracy']:.3f}, test accuracy {best['test_accuracy'] or float('nan'):.3f}"
+        f"best of {len(board['trials'])} trials ({stopped} stopped early): validation {shown} {validation:.3f}, "
+        f"test {shown} {tested:.3f}"
     )
     return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
 
@@ -56,8 +57,11 @@ def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
             f"finetune.train.num_workers={finetune.train.num_workers}: a trial has one worker; use 1 and raise "
             "sweep.max_concurrent_trials"
         )
-    if finetune.folds.validation_fold == -1:
-        raise ConfigError("finetune.folds.validation_fold=-1: trials are compared on a validation fold; name one")
+    if not finetune.folds.has_validation:
+        raise ConfigError(
+            "finetune.folds keeps no validation part, which trials are compared on; name validation_fold, "
+            "validation_split or a validation_fraction above 0"
+        )
     check_space(sweep.space, finetune)
     total = ray.cluster_resources()
     for name, needed in _trial_resources(finetune.train).items():
@@ -95,9 +99,9 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> Non
             path, trainable, storage_filesystem=folder.keyless_filesystem, resume_unfinished=True, restart_errored=True
         )
     else:
-        tuner = _new_tuner(config, trainable, folder)
+        tuner = _new_tuner(config, manifest, trainable, folder)
     results = tuner.fit()
-    board = leaderboard(config, results)
+    board = leaderboard(config, manifest, results)
     (output / "leaderboard.json").write_json(board)
     if board["best"] is None:
         errors = sorted({str(error).strip().splitlines()[-1] for error in results.errors})
@@ -108,7 +112,7 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> Non
             (output / "trials" / row["trial_id"] / "checkpoints").delete()
 
 
-def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
+def _new_tuner(config: SweepConfig, manifest: DatasetManifest, trainable: Any, folder: Place) -> Any:
     import optuna
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -122,7 +126,7 @@ def _new_tuner(config: SweepConfig, trainable: Any, folder: Place) -> Any:
         trainable,
         param_space=tune_domains(settings.space),
         tune_config=tune.TuneConfig(
-            metric=METRIC,
+            metric=f"validation/{manifest.main_metric}",
             mode="max",
             num_samples=settings.num_trials,
             max_concurrent_trials=settings.max_concurrent_trials,
@@ -162,8 +166,14 @@ def run_trial(parameters: dict[str, Any], config: SweepConfig, manifest: Dataset
     train_trial(Run("finetune", settings, manifest, open_place(settings.output), cache), tune.report)
 
 
-def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:
-    """All trials, best validation accuracy first; `best` is the first of those that ran to the end."""
+def leaderboard(config: SweepConfig, manifest: DatasetManifest, results: Any) -> dict[str, Any]:
+    """All trials, the best on the validation part first; `best` is the first of those that ran to the end.
+
+    A row has `validation_NAME` and `test_NAME` of the data set's main metric; `metric` is `validation/NAME`, and
+    `test_clips` how many clips the test part has.
+    """
+    name = manifest.main_metric
+    metric = f"validation/{name}"
     rows = []
     for result in results:
         metrics = result.metrics or {}
@@ -173,16 +183,19 @@ def leaderboard(config: SweepConfig, results: Any) -> dict[str, Any]:
             {
                 "trial_id": str(metrics.get("trial_id") or result.path.rsplit("/", 1)[-1]),
                 "config": result.config,
-                "validation_accuracy": metrics.get(METRIC),
-                "test_accuracy": metrics.get("test/accuracy"),
+                f"validation_{name}": metrics.get(metric),
+                f"test_{name}": metrics.get(f"test/{name}"),
                 "steps": steps,
                 "stopped_early": result.error is None and steps < config.finetune.train.steps,
                 "status": "failed" if result.error else "complete",
                 "history": []
                 if frame is None
-                else frame[[name for name in ("step", METRIC, "train/loss") if name in frame]].to_dict("records"),
+                else frame[[column for column in ("step", metric, "train/loss") if column in frame]].to_dict("records"),
             }
         )
-    rows.sort(key=lambda row: (-(row["validation_accuracy"] or 0.0), row["trial_id"]))
+    rows.sort(key=lambda row: (-(row[f"validation_{name}"] or 0.0), row["trial_id"]))
     finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
-    return {"metric": METRIC, "trials": rows, "best": finished[0] if finished else None}
+    parts = find_parts(trial_config(config, "check", {}), manifest)
+    tested = clips_in(manifest, parts.test) if parts.test else 0
+    best = finished[0] if finished else None
+    return {"metric": metric, "trials": rows, "best": best, "test_clips": tested}

@@ -15,6 +15,7 @@ from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_mic
 from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.flac import encode_flac
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
+from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
 from beats_ray.data.shards import check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, open_place, write_table
@@ -485,7 +486,7 @@ def test_cached_clips_give_the_batches_of_the_stream_bit_for_bit(
     def read(cache: Any, rank: int) -> list[MicroBatch]:
         cached = cache.batches(
             seed=4,
-            folds=folds,
+            part=ClipPart(folds=folds),
             global_batch_size=12,
             micro_batch_size=3,
             start_step=1,
@@ -552,7 +553,7 @@ def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
         batch
         for rank in range(2)
         for batch in materialize_clips(dataset, manifest, SETTINGS).eval_batches(
-            folds=(2,), micro_batch_size=4, rank=rank, world_size=2
+            part=ClipPart(folds=(2,)), micro_batch_size=4, rank=rank, world_size=2
         )
     ]
 
@@ -585,7 +586,7 @@ def test_a_cache_that_would_not_fit_or_lacks_the_fold_says_so(cluster: EmbeddedO
         materialize_clips(dataset, manifest, SETTINGS, limit_mib=1)
     cache = materialize_clips(dataset, manifest, SETTINGS.model_copy(update={"folds": (1,)}))
     with pytest.raises(UserError, match=r"data.folds=\[1\].*: the cached clips lack row group 1 of 00000.parquet"):
-        next(cache.eval_batches(folds=(2,), micro_batch_size=4))
+        next(cache.eval_batches(part=ClipPart(folds=(2,)), micro_batch_size=4))
 
 
 @pytest.mark.ray

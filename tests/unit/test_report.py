@@ -126,7 +126,7 @@ def build_run(folder: Path, finished_iterations: int = 2) -> Place:
         put_stage(
             place / "sweep",
             "complete",
-            leaderboard={"metric": "validation/accuracy", "trials": trials, "best": trials[0]},
+            leaderboard={"metric": "validation/accuracy", "trials": trials, "best": trials[0], "test_clips": 80},
         )
     if finished_iterations < 2:
         place = run / f"iteration-{finished_iterations + 1}"

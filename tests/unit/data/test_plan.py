@@ -224,7 +224,7 @@ def balanced_plan(seed: int = 5, window: int = 30) -> ClipPlan:
         MANIFEST,
         seed=seed,
         shuffle_window_clips=window,
-        weigh=lambda groups: balancing_weights(labels_of(groups), 3),
+        weigh=lambda groups, _rows: balancing_weights(labels_of(groups), 3),
     )
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from beats_ray.data.storage import open_place
 from beats_ray.train.metrics import read_metrics
@@ -21,7 +23,7 @@ import json, sys
 import torch
 import torch.distributed as dist
 from beats_ray.train.context import WorkerContext
-from beats_ray.train.metrics import MetricMeans
+from beats_ray.train.metrics import MetricMeans, RankedScores
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -33,6 +35,16 @@ for batches in ((0, 2), (1, 0), (0, 0), (1, 1)):  # of each rank, in each of fou
         total, count = torch.tensor(10.0 + rank), torch.tensor(2 + 2 * rank)
         means.add({"train/loss": (total, count), "labels/code_counts": torch.tensor([1, 1 - rank, 0, 0])})
     found.append(means.reduce(context))
+generator = torch.Generator().manual_seed(0)
+scores, targets = torch.randn(7, 3, generator=generator), torch.rand(7, 3, generator=generator) > 0.5
+targets[:, 2] = False  # a class that no clip has
+for cut in (3, 7):  # clips of the first worker, in batches of two
+    for start in range(0, cut, 2) if rank == 0 else range(cut, 7, 2):
+        stop = min(start + 2, cut if rank == 0 else 7)
+        means.add({"train/mean_average_precision": RankedScores(scores[start:stop], targets[start:stop].float()),
+                   "train/loss": (torch.tensor(1.0), torch.tensor(1.0))})
+    found.append(means.reduce(context))
+found.append([scores.tolist(), targets.tolist()])
 print(json.dumps(found))
 dist.destroy_process_group()
 """
@@ -56,7 +68,7 @@ def test_a_worker_without_any_batch_takes_part_in_the_means_of_all(tmp_path: Pat
     assert [process.returncode for process in processes] == [0, 0]
     first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert first == second, "every worker gets the same means"
-    only_second, only_first, none, both = first
+    only_second, only_first, none, both, divided, lone, (scores, targets) = first
     assert only_second == {
         "train/loss": pytest.approx(22 / 8),
         "labels/used_code_fraction": 0.25,
@@ -66,6 +78,9 @@ def test_a_worker_without_any_batch_takes_part_in_the_means_of_all(tmp_path: Pat
     assert only_first["labels/used_code_fraction"] == 0.5
     assert none == {}
     assert both["train/loss"] == pytest.approx(21 / 6), "weighted by counts, not a mean of means"
+    expected = average_precision_score(np.array(targets)[:, :2], np.array(scores)[:, :2], average="macro")
+    for reported in (divided, lone):
+        assert reported["train/mean_average_precision"] == pytest.approx(expected, abs=1e-12), "over all clips at once"
 
 
 def test_every_metric_that_training_reports_stands_in_the_docs(tmp_path: Path, pretraining) -> None:

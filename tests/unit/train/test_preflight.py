@@ -268,9 +268,17 @@ def test_beside_wrong_settings_the_places_are_looked_at(capsys: pytest.CaptureFi
         ("pretrain", ["output=TAKEN"], "belongs to a run of another config: train.steps is 3 there"),
         ("train-tokenizer", ["tokenizer.teacher_layer=3"], "the teacher has 2 layers; use at most 2"),
         ("finetune", ["data.path=UNLABELLED"], "has no labels to fine-tune on"),
-        ("finetune", ["data.folds=[1, 3]"], "folds.validation_fold=2 is not among data.folds=[1, 3]"),
+        (
+            "finetune",
+            ["data.folds=[1, 3]", "folds.validation_fold=2"],
+            "folds.validation_fold=2 is not among data.folds",
+        ),
         ("pretrain", ["predictor.num_layers=0"], "predictor.num_layers=0: input should be greater than 0"),
-        ("finetune", ["data.folds=[1, 2]"], "data.folds=[1, 2] leaves no fold to train on"),
+        (
+            "finetune",
+            ["data.folds=[1, 2]", "folds.validation_fold=2"],
+            "leaves no clip to train on beside folds.test_fold=1",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:20],
 )
