@@ -228,7 +228,7 @@ def judge_run(run: Run) -> None:
     fold = run.config.folds.test_fold
     device = torch.device("cuda" if run.train.use_gpu else "cpu")
     model = load_published(run.output / "model").to(device)
-    batches = run.cache.eval_batches(folds=(fold,), micro_batch_size=run.train.micro_batch_size)
+    batches = run.cache.eval_batches(part=run.held_out("test"), micro_batch_size=run.train.micro_batch_size)
     predictions = predict_batches(model, (batch.to(device) for batch in batches), run.manifest, fold)
     result = {
         "kind": "classifier",
