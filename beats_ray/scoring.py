@@ -10,6 +10,7 @@ standard error of a mean average precision affordable.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def average_precision_by_class(
 
     Clips of equal score enter together, so their order has no part in it (Gemmeke et al. 2017 use the same figure).
     """
-    return np.array([_average_precision(curve) for curve in _curves(truth_NC, score_NC, weight_N)])
+    return np.array([ranking.average_precision(weight_N) for ranking in _rankings(truth_NC, score_NC)])
 
 
 def mean_average_precision(truth_NC: np.ndarray, score_NC: np.ndarray) -> float:
@@ -42,7 +43,7 @@ def mean_average_precision(truth_NC: np.ndarray, score_NC: np.ndarray) -> float:
 
 def roc_auc_by_class(truth_NC: np.ndarray, score_NC: np.ndarray) -> np.ndarray:
     """The chance that a positive clip of a class scores above a negative one, ties counting half; NaN without both."""
-    return np.array([_roc_auc(curve) for curve in _curves(truth_NC, score_NC, None)])
+    return np.array([ranking.roc_auc() for ranking in _rankings(truth_NC, score_NC)])
 
 
 def d_prime(roc_auc: float) -> float:
@@ -56,11 +57,11 @@ def mean_average_precision_error(truth_NC: np.ndarray, score_NC: np.ndarray, see
     """Standard error of `mean_average_precision` over clips: the deviation over `RESAMPLES` bootstrap resamples."""
     rng = np.random.default_rng(seed)
     clips = len(truth_NC)
-    curves = [_Curve(truth_NC[:, index], score_NC[:, index]) for index in range(truth_NC.shape[1])]
+    rankings = list(_rankings(truth_NC, score_NC))
     means = []
     for _ in range(RESAMPLES):
         weight_N = np.bincount(rng.integers(0, clips, clips), minlength=clips).astype(np.float64)
-        means.append(mean_over_classes(np.array([_average_precision(curve.counts(weight_N)) for curve in curves])))
+        means.append(mean_over_classes(np.array([ranking.average_precision(weight_N) for ranking in rankings])))
     return float(np.nanstd(means, ddof=1)) if np.isfinite(means).sum() > 1 else math.nan
 
 
@@ -70,43 +71,49 @@ def mean_over_classes(value_C: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-class _Curve:
-    """One class's clips by falling score, in groups of equal score."""
+class _Ranking:
+    """One class's clips by falling score; of each positive (P of them) where it stands among clips of equal score.
+
+    Both figures are sums over positives: of a rare class nearly nothing is computed, however many clips there are.
+    """
 
     def __init__(self, truth_N: np.ndarray, score_N: np.ndarray) -> None:
         self._order_N = np.argsort(-score_N, kind="stable")
-        self._truth_N = truth_N[self._order_N].astype(np.float64)
         sorted_N = score_N[self._order_N]
-        self._last_G = np.append(np.flatnonzero(np.diff(sorted_N)), len(sorted_N) - 1)
+        last_G = np.append(np.flatnonzero(np.diff(sorted_N)), len(sorted_N) - 1)  # of each group of equal scores
+        first_G = np.append(0, last_G[:-1] + 1)
+        self._place_P = np.flatnonzero(truth_N[self._order_N])
+        group_P = np.searchsorted(last_G, self._place_P)
+        self._first_P, self._last_P = first_G[group_P], last_G[group_P]  # clips of the positive's group
+        self._above_P = np.searchsorted(group_P, group_P)  # positives above the group
+        self._until_P = np.searchsorted(group_P, group_P, side="right")  # and with those in it
 
-    def counts(self, weight_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Positives, and all clips, at or above each distinct score."""
-        ones = np.ones(len(self._truth_N)) if weight_N is None else weight_N[self._order_N]
-        return np.cumsum(self._truth_N * ones)[self._last_G], np.cumsum(ones)[self._last_G]
+    def average_precision(self, weight_N: np.ndarray | None = None) -> float:
+        """NaN without a positive; with weights as if each clip were there so many times."""
+        if weight_N is None:
+            weight_P, clips_P = np.ones(len(self._place_P)), self._last_P + 1.0
+        else:
+            sorted_N = weight_N[self._order_N]
+            weight_P, clips_P = sorted_N[self._place_P], np.cumsum(sorted_N)[self._last_P]
+        positives_P = np.cumsum(weight_P)
+        if not len(positives_P) or not positives_P[-1]:
+            return math.nan
+        precision_P = positives_P[self._until_P - 1] / np.maximum(clips_P, 1e-300)  # a group may have no weight
+        return float((weight_P * precision_P).sum() / positives_P[-1])
+
+    def roc_auc(self) -> float:
+        """NaN without a positive or without a negative."""
+        positives = len(self._place_P)
+        negatives = len(self._order_N) - positives
+        if not positives or not negatives:
+            return math.nan
+        until_P = self._last_P + 1 - self._until_P  # negatives in the group and above it
+        above_P = self._first_P - self._above_P
+        return float((negatives - (until_P + above_P) / 2).mean() / negatives)
 
 
-def _curves(
-    truth_NC: np.ndarray, score_NC: np.ndarray, weight_N: np.ndarray | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [_Curve(truth_NC[:, index], score_NC[:, index]).counts(weight_N) for index in range(truth_NC.shape[1])]
-
-
-def _average_precision(curve: tuple[np.ndarray, np.ndarray]) -> float:
-    positive_G, clips_G = curve
-    if not positive_G[-1]:
-        return math.nan
-    precision_G = positive_G / np.maximum(clips_G, 1e-300)  # no clip of a resample may be at the top
-    return float((np.diff(positive_G, prepend=0.0) * precision_G).sum() / positive_G[-1])
-
-
-def _roc_auc(curve: tuple[np.ndarray, np.ndarray]) -> float:
-    positive_G, clips_G = curve
-    negative_G = clips_G - positive_G
-    if not positive_G[-1] or not negative_G[-1]:
-        return math.nan
-    gained_G, before_G = np.diff(positive_G, prepend=0.0), negative_G - np.diff(negative_G, prepend=0.0)
-    above_G = negative_G[-1] - (before_G + negative_G) / 2  # negatives below the group, half of those in it
-    return float((gained_G * above_G).sum() / (positive_G[-1] * negative_G[-1]))
+def _rankings(truth_NC: np.ndarray, score_NC: np.ndarray) -> Iterator[_Ranking]:
+    return (_Ranking(truth_NC[:, index], score_NC[:, index]) for index in range(truth_NC.shape[1]))
 
 
 # --- one label a clip -------------------------------------------------------------------------------------------------
