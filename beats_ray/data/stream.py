@@ -51,6 +51,7 @@ __all__ = [
     "execution_options",
     "iterate_eval_batches",
     "iterate_micro_batches",
+    "leave_cpus",
     "read_alone",
     "required_cpus",
 ]
@@ -197,6 +198,23 @@ def wanted_part(settings: StreamSettings) -> ClipPart:
 def required_cpus(settings: StreamSettings) -> float:
     """Logical CPUs that must stay free beside the training workers, or the stream cannot move."""
     return settings.read_tasks * READ_CPUS + settings.decode_cpus
+
+
+def leave_cpus(stream: "Dataset", settings: StreamSettings, taken_elsewhere: float, to_leave: float) -> None:
+    """Keeps the tasks of a stream from taking all logical CPUs of the nodes that they may run on.
+
+    A task whose blocks nobody fetches keeps its CPU, so a stream that waits could starve another one. taken_elsewhere:
+    CPUs of training workers, which do not run on data nodes.
+    """
+    labels = data_node_labels(settings)
+    cpus = sum(
+        node["Resources"].get("CPU", 0.0)
+        for node in ray.nodes()
+        if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
+    )
+    rest = cpus - to_leave - (0.0 if labels else taken_elsewhere)
+    options = stream.context.execution_options
+    options.resource_limits = options.resource_limits.copy(cpu=max(required_cpus(settings), rest))
 
 
 def weigher(

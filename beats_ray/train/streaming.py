@@ -12,7 +12,7 @@ from beats_ray.config import StreamSettings, TrainSettings
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, open_place
-from beats_ray.data.stream import build_eval_stream, build_stream
+from beats_ray.data.stream import build_eval_stream, build_stream, leave_cpus, required_cpus
 from beats_ray.train.committed import newest_sound_step
 
 
@@ -63,6 +63,9 @@ class TrainStream(ray.train.DataConfig):
                 labels=open_place(run.labels) if run.labels else None,
                 part=part,
             )
+            if len(run.parts) > 1:  # held-out clips are decoded while this stream waits
+                workers_cpus = world_size * run.train.cpus_per_worker
+                leave_cpus(stream, run.data, workers_cpus, to_leave=required_cpus(run.data))
         else:
             stream = build_eval_stream(
                 dataset, run.manifest, run.data, micro_batch_size, num_workers=world_size, part=part

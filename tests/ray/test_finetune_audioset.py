@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 
 import beats_ray
@@ -43,6 +44,13 @@ HEADER = (
     "# num_ytids=1, num_segs=1, num_unique_labels=1, num_positive_labels=1\n"
     "# YTID, start_seconds, end_seconds, positive_labels\n"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,7 @@ def test_a_set_of_the_published_form_is_prepared_fine_tuned_and_evaluated(audios
     assert (
         0.0 < records[0]["train/loss"] < 1.0
     )  # a mean over clips and classes of binary cross-entropy: log 2 at chance
-    names = json.loads((tmp_path / "run" / "model" / "labels.json").read_text())
-    assert tuple(names if isinstance(names, list) else names["label_names"]) == manifest.label_names
+    assert tuple(json.loads((tmp_path / "run" / "model" / "labels.json").read_text())) == manifest.label_names
 
     run_evaluate(
         EvaluateConfig(
@@ -162,7 +169,7 @@ def test_a_set_of_the_published_form_is_prepared_fine_tuned_and_evaluated(audios
         Console(),
     )  # fmt: skip
     result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert "mean_average_precision" in json.dumps(result)
+    assert result["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
 
     # One worker with the same global batches, from the cache: the streams of two workers dealt the same clips.
     alone = train_alone(audioset, config_of(audioset, tmp_path / "alone", "train.micro_batch_size=2"), cached=True)

@@ -24,6 +24,7 @@ from beats_ray.data.stream import (
     build_stream,
     example_spec,
     execution_options,
+    leave_cpus,
     open_reader,
     read_windows,
     rounds_of_a_block,
@@ -575,6 +576,19 @@ def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
             assert int(audio[position][0]) // 100 == spare // 2  # the middle
     plain = build_eval_stream(dataset, manifest, settings, 4).take_all()
     assert [row["position"] for row in plain] == list(range(18))
+
+
+@pytest.mark.ray
+def test_a_stream_that_may_have_to_wait_leaves_cpus_to_another(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    import ray
+
+    stream = build_eval_stream(dataset, read_manifest(dataset), SETTINGS, 4)
+    before = stream.context.execution_options.resource_limits
+    for taken, left, expected in ((0.5, 1.25, ray.cluster_resources()["CPU"] - 1.75), (90.0, 1.0, 1.5)):
+        leave_cpus(stream, SETTINGS, taken, to_leave=left)
+        limits = stream.context.execution_options.resource_limits
+        assert limits.cpu == pytest.approx(expected)  # never less than one stream needs
+        assert limits.object_store_memory == before.object_store_memory
 
 
 @pytest.mark.ray

@@ -174,6 +174,12 @@ def test_parameters_of_tokenizer_training_are_those_of_the_module(places: Places
     assert codebook < plan.checkpoint_bytes - 12 * trained(module) < 1.1 * codebook
 
 
+def test_clips_that_a_draw_keeps_apart_are_not_counted_as_trained_on(places: Places) -> None:
+    given = [f"encoder={places.encoder}", *SMALL, "folds.validation_fraction=0.25"]
+    plan, _ = plan_of("finetune", FinetuneConfig, places, *given)
+    assert plan.clips_per_epoch == 27  # of the 36 of folds 2, 3 and 4
+
+
 def test_fine_tuning_trains_on_the_folds_that_are_left_and_reads_all(places: Places) -> None:
     plan, config = plan_of("finetune", FinetuneConfig, places, f"encoder={places.encoder}", *SMALL)
     assert plan.clips_per_epoch == CLIPS_OF_FOLD[3] + CLIPS_OF_FOLD[4]
