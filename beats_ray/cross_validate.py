@@ -23,7 +23,6 @@ import numpy as np
 from beats_ray.config import ConfigError, CrossValidateConfig, FinetuneConfig, UserError, replace
 from beats_ray.console import Console
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
-from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, open_place, read_table
 from beats_ray.fold_statistics import compare, summarise
 from beats_ray.identity import data_key, model_key, stage_identity
@@ -243,7 +242,7 @@ def judge_run(run: Run) -> None:
     fold = run.config.folds.test_fold
     device = torch.device("cuda" if run.train.use_gpu else "cpu")
     model = load_published(run.output / "model").to(device)
-    batches = run.cache.eval_batches(part=ClipPart(folds=(fold,)), micro_batch_size=run.train.micro_batch_size)
+    batches = run.cache.eval_batches(part=run.held_out("test"), micro_batch_size=run.train.micro_batch_size)
     predictions = predict_batches(model, (batch.to(device) for batch in batches), run.manifest, fold)
     result = {
         "kind": "classifier",

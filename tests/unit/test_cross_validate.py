@@ -10,9 +10,9 @@ import pytest
 
 from beats_ray.config import ConfigError, CrossValidateConfig, UserError, load_config
 from beats_ray.cross_validate import check_runs, choose_runs, plan_runs
-from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
 from beats_ray.fold_statistics import compare, summarise
-from beats_ray.train.checks import training_folds
+from beats_ray.train.held_out import find_parts
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,9 @@ def manifest(folds: int = 5, multi_label: bool = False) -> DatasetManifest:
     return DatasetManifest(
         name="x", label_names=("a", "b"), multi_label=multi_label, clips=4 * folds,
         clips_by_fold={str(fold): 4 for fold in range(1, folds + 1)}, clips_by_split={"": 4 * folds}, seconds=1,
-        fbank_mean=0, fbank_std=1, source="x", source_files=4 * folds, quarantined=0, shards=(),
+        fbank_mean=0, fbank_std=1, source="x", source_files=4 * folds, quarantined=0,
+        shards=(Shard(file="0.parquet", sha256="0", bytes=1, row_groups=tuple(
+            RowGroup(clips=4, fold=fold, split="") for fold in range(1, folds + 1))),),
     )  # fmt: skip
 
 
@@ -43,7 +45,9 @@ def test_each_fold_is_held_out_once_for_each_seed_and_encoder() -> None:
         assert run.config.train.seed == run.seed
         assert run.config.encoder == {"old": "p", "new": "q"}[run.encoder]
         assert run.config.output == f"o/{run.encoder}/seed-{run.seed}/fold-{run.fold}"
-        assert training_folds(run.config, manifest()) == tuple(fold for fold in range(1, 6) if fold != run.fold)
+        assert find_parts(run.config, manifest()).training.folds == tuple(
+            fold for fold in range(1, 6) if fold != run.fold
+        )
         assert run.config.folds.validation_fold == -1
 
 
@@ -51,7 +55,7 @@ def test_an_inner_validation_fold_is_the_next_in_the_cycle_and_never_the_test_fo
     runs = plan_runs(config("cross_validation.selection=inner", encoder="p"), manifest())
     assert [(run.fold, run.config.folds.validation_fold) for run in runs] == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 1)]
     for run in runs:
-        assert len(training_folds(run.config, manifest())) == 3
+        assert len(find_parts(run.config, manifest()).training.folds) == 3
 
 
 def test_other_settings_stay_as_they_were_set() -> None:

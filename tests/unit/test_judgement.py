@@ -224,6 +224,12 @@ def test_judged_clips_that_were_trained_on_are_counted() -> None:
     assert count_overlap({}, manifest(), (), ()) == {"training": 0, "validation": 0, "test": 0}
 
 
+def test_of_a_drawn_validation_part_as_many_clips_count_as_are_to_be_expected() -> None:
+    overrides = ["data.path=d", "folds.test_fold=1", "folds.validation_fraction=0.25"]
+    record = describe_data(load_config(FinetuneConfig, None, overrides, output="o"), manifest())
+    assert count_overlap(record, manifest(), (3, 5), ()) == {"training": 21, "validation": 7, "test": 0}
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
