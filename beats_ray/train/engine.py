@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
-from beats_ray.train.extras import check_keys
+from beats_ray.train.extras import check_keys, merge_extras
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
 MASTER = "fp32"  # of a trained parameter
@@ -51,7 +51,7 @@ def deepspeed_config(settings: TrainSettings, num_workers: int) -> dict[str, Any
         "wall_clock_breakdown": False,
     }
     check_keys(settings.deepspeed, derived)
-    merged = _merge(derived, settings.deepspeed, "train.deepspeed")
+    merged = merge_extras(derived, settings.deepspeed)
     if settings.deepspeed:
         _check_sections(merged)
     return merged
@@ -434,17 +434,3 @@ def can_fall(scaler: Any) -> bool:
 
 def _to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _merge(derived: dict[str, Any], extra: Mapping[str, Any], name: str) -> dict[str, Any]:
-    merged = dict(derived)
-    for key, value in extra.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key, {}), dict):
-            merged[key] = _merge(merged.get(key, {}), value, f"{name}.{key}")
-        elif key in derived and derived[key] != value:
-            raise ConfigError(
-                f"{name}.{key}={value!r} contradicts {derived[key]!r}, which the train section derives; drop it"
-            )
-        else:
-            merged[key] = value
-    return merged

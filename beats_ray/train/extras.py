@@ -1,7 +1,8 @@
 """What `train.deepspeed` may hold beside the settings that the train section derives: pure rules, without DeepSpeed.
 
-    check_keys(settings.deepspeed, known)     # before a run
-    identity_of_extras(settings.deepspeed)    # what of it makes a run another one
+    check_keys(settings.deepspeed, derived)           # before a run
+    config = merge_extras(derived, settings.deepspeed)
+    identity_of_extras(settings.deepspeed)            # what of it makes a run another one
 
 DeepSpeed 0.19 ignores top-level keys that it does not know, so that a slip of the pen there passes unseen; it knows the
 keys of its sections itself (see `engine.py`).
@@ -75,6 +76,21 @@ def check_keys(extras: Mapping[str, Any], derived: Collection[str]) -> None:
                 f"train.deepspeed.{key}: unknown DeepSpeed key; "
                 + (f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}")
             )
+
+
+def merge_extras(derived: Mapping[str, Any], extra: Mapping[str, Any], name: str = "train.deepspeed") -> dict[str, Any]:
+    """Both, merged deep. ConfigError, with the field's name, where they have different values of one key."""
+    merged = dict(derived)
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key, {}), dict):
+            merged[key] = merge_extras(merged.get(key, {}), value, f"{name}.{key}")
+        elif key in derived and derived[key] != value:
+            raise ConfigError(
+                f"{name}.{key}={value!r} contradicts {derived[key]!r}, which the train section derives; drop it"
+            )
+        else:
+            merged[key] = value
+    return merged
 
 
 def identity_of_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
