@@ -23,7 +23,7 @@ from beats_ray.train.loop import BatchSource, HeldOut, Task, run_training
 def train(run: Run, context: WorkerContext | None = None) -> dict[str, float]:
     """Runs this worker's part of `run`; the context is Ray Train's unless given."""
     context = context or ray_train_context()
-    task, published = with_retries(partial(_build_seeded, run), run.train.storage_retry_seconds)
+    task, published = _build_seeded(run)
     source: BatchSource = CachedBatches(run, context) if run.cache is not None else StreamedBatches(run, context)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
     flops = step_flops_per_clip(run.kind, run.config, published, len(run.manifest.label_names))
@@ -51,8 +51,13 @@ def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
 
 
 def _build_seeded(run: Run) -> tuple[Task, dict[str, Any]]:
-    torch.manual_seed(run.train.seed)  # in here: a second try begins with the same weights as the first
-    return build_task(run)
+    """As `build_task`, tried again while storage fails; every try begins with the run's initial weights."""
+
+    def build() -> tuple[Task, dict[str, Any]]:
+        torch.manual_seed(run.train.seed)
+        return build_task(run)
+
+    return with_retries(build, run.train.storage_retry_seconds)
 
 
 def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
