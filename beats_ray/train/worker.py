@@ -26,7 +26,7 @@ def train(
 ) -> dict[str, float]:
     """Runs this worker's part of `run`; the context, and its share of a stream, are Ray Train's unless given."""
     context = context or ray_train_context()
-    task, published = with_retries(partial(_build_seeded, run), run.train.storage_retry_seconds)
+    task, published = _build_seeded(run)
     is_cached = run.cache is not None
     source: BatchSource = CachedBatches(run, context) if is_cached else StreamedBatches(run, context, share)
     validate_every = run.config.validate_every_steps if run.kind == "finetune" else None
@@ -56,8 +56,13 @@ def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
 
 
 def _build_seeded(run: Run) -> tuple[Task, dict[str, Any]]:
-    torch.manual_seed(run.train.seed)  # in here: a second try begins with the same weights as the first
-    return build_task(run)
+    """As `build_task`, tried again while storage fails; every try begins with the run's initial weights."""
+
+    def build() -> tuple[Task, dict[str, Any]]:
+        torch.manual_seed(run.train.seed)
+        return build_task(run)
+
+    return with_retries(build, run.train.storage_retry_seconds)
 
 
 def build_task(run: Run) -> tuple[Task, dict[str, Any]]:

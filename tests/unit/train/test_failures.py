@@ -1,12 +1,14 @@
 """What counts as a failure of a run, told to the budget as Ray Train does."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from beats_ray.config import UserError
+from beats_ray.config import TrainSettings, UserError
 from beats_ray.data.storage import Place, StorageError, open_place
-from beats_ray.train import jobs
+from beats_ray.train import jobs, worker
 from beats_ray.train.failures import FailureBudget, RunFailed
 
 pytestmark = pytest.mark.unit
@@ -53,7 +55,7 @@ def test_a_node_that_was_drained_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_the_look_at_where_to_go_on_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from beats_ray.config import StreamSettings, TrainSettings
+    from beats_ray.config import StreamSettings
     from beats_ray.train import streaming
 
     class Found(Exception):
@@ -95,3 +97,19 @@ def test_a_store_that_is_away_does_not_keep_the_driver_from_asking_for_a_checkpo
     jobs._checkpoint_before_the_end(open_place(str(tmp_path)))
     assert len(looks) > 1
     assert (tmp_path / "stop-requested.json").exists() is comes_back
+
+
+def test_the_model_that_a_run_starts_from_is_fetched_again_and_the_weights_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[float] = []
+
+    def build(_run: object) -> float:
+        drawn.append(float(torch.rand(())))
+        if len(drawn) == 1:
+            raise store_away()
+        return drawn[-1]
+
+    monkeypatch.setattr(worker, "build_task", build)
+    assert worker._build_seeded(SimpleNamespace(train=TrainSettings(seed=3))) == drawn[0]  # type: ignore[arg-type, comparison-overlap]
+    assert len(drawn) == 2
