@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import ray.train
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from beats_ray.config import TrainSettings, UserError
 from beats_ray.data.storage import Place, StorageError, open_place
