@@ -56,7 +56,8 @@ class PretrainModule(nn.Module):
         labels: labels_BN, or labels_BNQ of several codebooks.
         """
         logits = self.predictor(fbank_BTF, num_frames_B, mask).float()
-        is_silent_BN = silent_patches(fbank_BTF, self.predictor.encoder.config.patch_size)
+        with torch.no_grad():
+            is_silent_BN = silent_patches(fbank_BTF, self.predictor.encoder.config.patch_size)
         books = [(logits, labels)] if labels.dim() == 2 else list(zip(logits.unbind(2), labels.unbind(2), strict=True))
         losses, sums = zip(*(self._of_one_codebook(mask, is_silent_BN, *book) for book in books), strict=True)
         metrics: MetricSums = {

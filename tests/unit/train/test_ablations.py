@@ -129,7 +129,7 @@ def test_a_run_on_several_codebooks_learns_and_publishes_a_plain_encoder(tmp_pat
     settings = validate(PretrainSettings, {"encoder": {"preset": "tiny", "overrides": SMALL}, "train": train})
     torch.manual_seed(0)
     tokenizer = tokenizer_of(3)
-    task = PretrainTask(settings, num_codes_of(tokenizer), tokenizer, num_codebooks_of(tokenizer))
+    task = PretrainTask(settings, num_codes_of(tokenizer), tokenizer, num_codebooks=num_codebooks_of(tokenizer))
     losses: list[float] = []
     context = single_process_context(lambda _step, metrics: losses.append(metrics["train/loss"]))
     run_training(task, SyntheticBatches(4, 4), settings.train, context, open_place(str(tmp_path)))

@@ -1,7 +1,6 @@
 """What a training process is given: batches of decoded clips, on its own device."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,25 @@ import torch
 
 from beats_ray.config import FinetuneConfig, validate
 from beats_ray.data.batches import MicroBatch, to_micro_batch
+from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
+from beats_ray.data.storage import open_place
 from beats_ray.train.context import WorkerContext
+from beats_ray.train.jobs import Run
 from beats_ray.train.worker import CachedBatches
 
 pytestmark = pytest.mark.unit
+
+
+THREE_FOLDS = DatasetManifest(
+    name="x", label_names=("a", "b"), clips=3, clips_by_fold={"1": 1, "2": 1, "3": 1}, clips_by_split={"": 3},
+    seconds=1, fbank_mean=0, fbank_std=1, source="x", source_files=3, quarantined=0,
+    shards=(
+        Shard(
+            file="0.parquet", sha256="0", bytes=1,
+            row_groups=tuple(RowGroup(clips=1, fold=fold, split="") for fold in (1, 2, 3)),
+        ),
+    ),
+)  # fmt: skip
 
 
 class OneBatch:
@@ -29,8 +43,7 @@ class OneBatch:
 
 def test_cached_clips_come_on_the_device_of_their_worker() -> None:
     config = validate(FinetuneConfig, {"output": "runs/x", "train": {"global_batch_size": 1, "micro_batch_size": 1}})
-    manifest = SimpleNamespace(clips_by_fold={"1": 1, "2": 1, "3": 1})
-    run: Any = SimpleNamespace(config=config, train=config.train, manifest=manifest, cache=OneBatch())
+    run = Run("finetune", config, THREE_FOLDS, open_place("runs/x"), {}, OneBatch())
     device = torch.device("meta")  # any that is not where the cache lies
     source = CachedBatches(run, WorkerContext(0, 1, device, lambda _step, _metrics: None))
     parts = [source.training(0), source.held_out("validation"), source.held_out("test")]
