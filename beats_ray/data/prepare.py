@@ -287,7 +287,7 @@ def _check_quarantine(config: PrepareConfig, output: Place, num_files: int, bad:
 
 
 def _rounded_up(fraction: float) -> float:
-    return min(1.0, math.ceil(fraction * 100) / 100)
+    return min(1.0, math.ceil(round(100 * fraction, 6)) / 100)
 
 
 def _quarantine_table(bad: list[Quarantined]) -> pa.Table:

@@ -119,7 +119,7 @@ def config_of(audioset: AudioSet, output: Path, *overrides: str) -> FinetuneConf
         "data.sampling=balanced", "data.read_tasks=1", "data.shuffle_window_clips=16", "validate_every_steps=2",
         "train.steps=6", "train.warmup_steps=1", "train.learning_rate=0.003", "train.global_batch_size=8",
         "train.micro_batch_size=4", "train.log_every_steps=1", "train.checkpoint_every_steps=2", "train.loggers=[]",
-        "train.cpus_per_worker=0.25",
+        "train.cpus_per_worker=0.25", "layer_drop=0",  # which workers draw each for itself
     ]  # fmt: skip
     return load_config(FinetuneConfig, None, [*given, *overrides])
 
@@ -187,7 +187,7 @@ def train_alone(
 ) -> list[dict[str, Any]]:
     """The reports of a run in this process, from the cache or from the streams of Ray Data."""
     output = open_place(config.output)
-    run = Run("finetune", config, read_manifest(open_place(config.data.path)), output)
+    run = Run("finetune", config, read_manifest(open_place(config.data.path)), output, {})
     if cached:
         run = replace(run, cache=load_cache(config.data, run.manifest))
     streams = TrainStream(
