@@ -56,6 +56,7 @@ def test_a_mistake_of_one_worker_ends_the_run_in_its_words_though_the_other_wait
         assert [mark[0] for mark in begun(tmp_path / name)] == ["0", "1"]  # no second attempt was made
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_gives_the_failures_back(tmp_path: Path, cluster: object) -> None:
     def worker(payload: dict[str, Any]) -> None:
         place: Place = payload["place"]
