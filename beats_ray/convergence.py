@@ -28,8 +28,10 @@ from beats_ray.config import (
 from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import Place, open_place
+from beats_ray.identity import content_keys, stage_identity
 from beats_ray.reporting.convergence import read_seed, summary_markdown, summary_rows
-from beats_ray.stage import run_stage
+from beats_ray.stage import STAGE_FILE, read_stage, run_stage
+from beats_ray.stages import section_fields
 from beats_ray.train.jobs import Written
 
 TOKENIZER_SHARE = 0.25
@@ -136,26 +138,17 @@ def _baselines(output: Place, judged: Place, config: ConvergenceConfig, console:
 def _judge(arm: Place, iteration: int, config: ConvergenceConfig, console: Console) -> None:
     """The probe of one encoder, once; anew for another encoder or data set, since it takes seconds."""
     from beats_ray.evaluate import run_evaluate
-    from beats_ray.identity import run_identity
-    from beats_ray.inference import model_sha256
 
     model, place = arm / f"iteration-{iteration}" / "pretrain" / "model", arm / f"judged-{iteration}"
-    fields = {name: getattr(config.inference, name) for name in type(config.inference).model_fields}
     settings = EvaluateConfig(
         output=place.uri,
         ray=config.ray,
         data=StreamSettings(path=config.judged),
         model=model.uri,
         probe=config.probe,
-        **fields,
+        **section_fields(config.inference),
     )
-    identity = run_identity(settings) | {"model_sha256": model_sha256(model)}
-    if (place / "stage.json").exists():
-        found = (place / "stage.json").read_json()
-        if found.get("fingerprint") != fingerprint(identity):
-            (place / "stage.json").delete()
-    run_stage(place, identity, lambda: _ignore(run_evaluate(settings, console)))
-
-
-def _ignore(_written: Written) -> None:
-    return None
+    identity = stage_identity(settings, content_keys(settings))
+    if read_stage(place).get("fingerprint") != fingerprint(identity):
+        (place / STAGE_FILE).delete()
+    run_stage(place, identity, lambda: run_evaluate(settings, console))

@@ -30,7 +30,6 @@ from beats_ray.judgement import RESULT_FILE, Predictions, judge, write_csv, writ
 from beats_ray.stage import run_stage
 from beats_ray.train.checks import find_mistakes, read_inputs
 from beats_ray.train.jobs import Run, Written, fit_run, load_cache
-from beats_ray.train.loggers import check_loggers
 
 SUMMARY_FILE = "cross_validation.json"
 
@@ -147,7 +146,6 @@ def check_runs(runs: list[FoldRun], manifest: DatasetManifest) -> None:
     for run in runs:
         for mistake in read[run.encoder].mistakes + find_mistakes("finetune", run.config, read[run.encoder], run.keys):
             raise mistake
-    check_loggers(runs[0].config.train.loggers)
     check_fits(runs[0].config.train, runs[0].config.data)
 
 

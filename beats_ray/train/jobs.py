@@ -38,7 +38,6 @@ from beats_ray.train.checks import (
 from beats_ray.train.codebook_health import describe_collapse
 from beats_ray.train.flops import RunKind
 from beats_ray.train.held_out import find_parts
-from beats_ray.train.loggers import check_loggers
 
 WATCH_SECONDS = 1.0
 NOTICE_SECONDS = 25.0  # spot machines and pods end 30 s after their notice
@@ -146,7 +145,6 @@ def load_cache(data: StreamSettings, manifest: DatasetManifest) -> Any:
 
 def _train(run: Run, console: Console) -> Written:
     """Runs to the end, or returns at once when it has been run already with the same config."""
-    check_loggers(run.train.loggers)
     if not is_complete(run.output):
         check_fits(run.train, run.data, streams=_open_streams(run))
 

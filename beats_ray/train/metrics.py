@@ -6,7 +6,6 @@ no mean over clips, average precision, is computed from the scores of all clips,
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from beats_ray.data.storage import Place, with_retries
 from beats_ray.models import codebook_usage
+from beats_ray.scoring import mean_average_precision
 from beats_ray.train.codebook_health import count_collapsed_steps, is_collapsed
 from beats_ray.train.context import WorkerContext
 from beats_ray.train.loggers import Logger, TensorBoardLogger
@@ -97,16 +97,6 @@ class MetricMeans:
         gathered = [part for parts in context.gather(self._scores.pop(name, [])) for part in parts]
         scores_NC, truth_NC = (np.concatenate([part[index] for part in gathered]) for index in (0, 1))
         return mean_average_precision(truth_NC, scores_NC)
-
-
-def mean_average_precision(truth_NC: np.ndarray, score_NC: np.ndarray) -> float:
-    """The mean over classes that have positives of their average precision, as AudioSet does it; NaN without any."""
-    from sklearn.metrics import average_precision_score
-
-    present_C = truth_NC.any(0)
-    if not present_C.any():
-        return math.nan
-    return float(average_precision_score(truth_NC[:, present_C], score_NC[:, present_C], average="macro"))
 
 
 def code_counts(labels_BN: Tensor, num_codes: int) -> Tensor:

@@ -41,8 +41,8 @@ from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.flops import step_flops_per_clip
 from beats_ray.train.loop import run_training
 from beats_ray.train.pretrain import PretrainModule, PretrainTask, num_codebooks_of, num_codes_of
+from tests.support.prepared import write_dataset
 from tests.support.training import SyntheticBatches
-from tests.unit.train.test_preflight import write_dataset
 
 pytestmark = pytest.mark.unit
 
