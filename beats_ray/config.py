@@ -25,6 +25,7 @@ from beats_ray.settings import (
     load_config,
     read_values,
     replace,
+    section_fields,
     validate,
 )
 
@@ -37,6 +38,7 @@ __all__ = [  # the mechanism, imported from here by the rest of the package; the
     "load_config",
     "read_values",
     "replace",
+    "section_fields",
     "validate",
 ]
 

@@ -23,6 +23,7 @@ from beats_ray.config import (
     TrainSettings,
     UserError,
     fingerprint,
+    section_fields,
     validate,
 )
 from beats_ray.console import Console
@@ -31,7 +32,6 @@ from beats_ray.data.storage import Place, open_place
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.reporting.convergence import read_seed, summary_markdown, summary_rows
 from beats_ray.stage import STAGE_FILE, read_stage, run_stage
-from beats_ray.stages import section_fields
 from beats_ray.train.jobs import Written
 
 TOKENIZER_SHARE = 0.25

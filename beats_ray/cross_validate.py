@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from beats_ray.config import ConfigError, CrossValidateConfig, FinetuneConfig, UserError, replace
+from beats_ray.config import ConfigError, CrossValidateConfig, FinetuneConfig, UserError, replace, section_fields
 from beats_ray.console import Console
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place, read_table
@@ -125,8 +125,7 @@ def plan_runs(config: CrossValidateConfig, manifest: DatasetManifest) -> list[Fo
                     }
                     folder = f"{config.output}/{name}/seed-{seed}/fold-{fold}"
                     folder += f"/learning-rate-{rate:g}" if settings.learning_rates else ""
-                    tuned = replace(config.finetune, changes)
-                    fields = {field: getattr(tuned, field) for field in type(tuned).model_fields}
+                    fields = section_fields(replace(config.finetune, changes))
                     run = FinetuneConfig(output=folder, data=config.data, encoder=encoder, ray=config.ray, **fields)
                     runs.append(FoldRun(name, seed, fold, run))
     return runs

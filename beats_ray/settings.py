@@ -291,3 +291,8 @@ def _explain_unknown(kind: type[BaseModel], name: str) -> str:
     inner = _annotation(kind, section) if section else kind
     valid = ", ".join(inner.model_fields if _is_section(inner) else kind.model_fields)
     return f"{name}: unknown config key; valid keys: {valid}"
+
+
+def section_fields(settings: Section) -> dict[str, Any]:
+    """The fields of a section, to be given to a job that has them at its top."""
+    return {name: getattr(settings, name) for name in type(settings).model_fields}

@@ -27,6 +27,7 @@ from beats_ray.config import (
     SweepConfig,
     TokenizeConfig,
     fingerprint,
+    section_fields,
 )
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, open_place
@@ -260,8 +261,3 @@ def trial_of(stage: Stage) -> FinetuneConfig:
 
     assert isinstance(stage.job, SweepConfig), stage.label
     return trial_config(stage.job, "check", {})
-
-
-def section_fields(settings: Any) -> dict[str, Any]:
-    """The fields of a section, to be given to a job that has them at its top."""
-    return {name: getattr(settings, name) for name in type(settings).model_fields}

@@ -59,9 +59,7 @@ class TrainStream(ray.train.DataConfig):
                 seed=run.train.seed,
                 global_batch_size=run.train.global_batch_size,
                 micro_batch_size=micro_batch_size,
-                start_step=min(
-                    newest, run.train.steps - 1
-                ),  # a run that has only to publish its model reads none of it
+                start_step=min(newest, run.train.steps - 1),  # of a run that has only to publish none is read
                 stop_step=run.train.steps,
                 num_workers=world_size,
                 labels=open_place(run.labels) if run.labels else None,

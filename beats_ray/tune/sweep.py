@@ -18,6 +18,7 @@ from beats_ray.config import (
     SweepSettings,
     TrainSettings,
     replace,
+    section_fields,
 )
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
@@ -92,7 +93,7 @@ def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any])
         data=config.data,
         encoder=config.encoder,
         ray=config.ray,
-        **{name: getattr(settings, name) for name in type(settings).model_fields},
+        **section_fields(settings),
     )
 
 
