@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,3 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unmarked = [item.nodeid for item in items if not any(item.get_closest_marker(kind) for kind in KINDS)]
     if unmarked:
         raise pytest.UsageError(f"tests without a marker ({', '.join(KINDS)}): {', '.join(unmarked[:5])}")
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A process group of one for what trains in this process. DeepSpeed keeps the first one: no test may end it."""
+    import torch.distributed as dist
+
+    from beats_ray.train.context import single_process_context
+
+    single_process_context(lambda _step, _metrics: None)
+    yield
+    dist.destroy_process_group()

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 
 import beats_ray
@@ -34,7 +33,7 @@ from beats_ray.train.metrics import read_metrics
 from beats_ray.train.streaming import StreamedRun, TrainStream
 from beats_ray.train.worker import train
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("process_group")]
 
 NUM_CLASSES, USED_CLASSES = 527, 12
 SEGMENTS = {"balanced_train": 26, "unbalanced_train": 20, "eval": 17}
@@ -44,13 +43,6 @@ HEADER = (
     "# num_ytids=1, num_segs=1, num_unique_labels=1, num_positive_labels=1\n"
     "# YTID, start_seconds, end_seconds, positive_labels\n"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_group_is_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

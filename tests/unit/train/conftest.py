@@ -1,23 +1,15 @@
 """A process group of one for the engine, and DeepSpeed's traces removed."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from beats_ray.train.context import single_process_context
 from tests.support.training import Pretraining, SyntheticBatches
 
 
 @pytest.fixture(scope="session", autouse=True)
-def process_group() -> Iterator[None]:
-    """What DeepSpeed needs: a process group, here of one."""
+def one_thread(process_group: None) -> None:
     torch.set_num_threads(1)
-    single_process_context(lambda _step, _metrics: None)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
