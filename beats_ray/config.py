@@ -12,6 +12,7 @@ come from the environment variables that the stores' own programs read.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -797,7 +798,16 @@ class CrossValidationSettings(Section):
         return self
 
 
+def check_folder_names(field: str, names: Iterable[str]) -> None:
+    """ValueError for a name that is to be a folder's and cannot be."""
+    for name in names:
+        if not name or set(name) & set("/\\ ") or name.startswith("."):
+            raise ValueError(f"{field}: {name!r} is to be a folder's name; use letters, digits and hyphens")
+
+
 class CrossValidateConfig(TrainingJob):
+    reads: ClassVar[tuple[str, ...]] = ("encoder",)
+
     encoder: str = ""
     """Published encoder that every run starts from."""
     encoders: dict[str, str] = {}
@@ -809,9 +819,7 @@ class CrossValidateConfig(TrainingJob):
     def _names_are_folders(self) -> Self:
         if self.encoder and self.encoders:
             raise ValueError(f"encoders={list(self.encoders)} and encoder={self.encoder} are both set; set one of them")
-        for name in self.encoders:
-            if not name or set(name) & set("/\\ ") or name.startswith("."):
-                raise ValueError(f"encoders: {name!r} is to be a folder's name; use letters, digits and hyphens")
+        check_folder_names("encoders", self.encoders)
         return self
 
     @property
@@ -881,6 +889,28 @@ class StartSettings(Section):
         return self
 
 
+class TaskSettings(Section):
+    """A labelled data set that every iteration's encoder is fine-tuned on, and how."""
+
+    protocol: Literal["sweep", "finetune", "cross-validate", "probe"] = "sweep"
+    """`sweep` searches the settings of fine-tuning, `finetune` runs them once, `cross-validate` once for every fold and
+    seed; `probe` leaves the encoder frozen. Paper: fine-tuned once, ESC-50 and IEMOCAP over five folds."""
+    data: StreamSettings = StreamSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    """Of every protocol but `probe`."""
+    sweep: SweepSettings = SweepSettings()
+    cross_validation: CrossValidationSettings = CrossValidationSettings()
+    probe: ProbeSettings = ProbeSettings()
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if not self.data.path:
+            raise ValueError("data.path is empty; give the prepared data set of this task")
+        train = self.finetune.train.count_clips(self.data.clip_seconds, "finetune.train")
+        self.__dict__["finetune"] = self.finetune.model_copy(update={"train": train})
+        return self
+
+
 class IterateConfig(TrainingJob):
     iterations: PositiveInt = 3
     """BEATs iterations. Paper: 3."""
@@ -888,14 +918,31 @@ class IterateConfig(TrainingJob):
     teacher: tuple[TeacherName, ...] = ("pretrained",)
     """Whose outputs the tokenizers of iterations 2 and on are distilled from: of the iteration before, the `pretrained`
     encoder or the `finetuned` model. One for all, or a list with one for each. Paper: pretrained; the last one
-    finetuned for "iter3+"."""
+    finetuned for "iter3+", on AudioSet-2M."""
     random_projection: RandomProjectionSettings = RandomProjectionSettings()
     pretrain: PretrainSettings = PretrainSettings()
     distill: DistillSettings = DistillSettings()
+    tasks: dict[str, TaskSettings] = {}
+    """What every encoder is fine-tuned on and judged by, under names of your own. Where there are none and the data set
+    itself is labelled, it is the task: `finetune` and `sweep` are for that. A fine-tuned teacher is the model of the
+    first task that is a sweep or a fine-tuning."""
     finetune: FinetuneSettings = FinetuneSettings()
     sweep: SweepSettings = SweepSettings()
     probe: ProbeSettings = ProbeSettings()
     inference: InferenceSettings = InferenceSettings()
+
+    @model_validator(mode="after")
+    def _tasks_have_their_own(self) -> Self:
+        check_folder_names("tasks", self.tasks)
+        if dotted := [name for name in self.tasks if "." in name]:
+            raise ValueError(f"tasks: {dotted[0]!r} has a dot, which parts the names of settings; use hyphens")
+        for name in ("finetune", "sweep"):
+            if self.tasks and name in self.model_fields_set:
+                raise ValueError(
+                    f"{name} is for a run without tasks, and this one has {', '.join(self.tasks)}; move it to "
+                    f"tasks.NAME.{name}"
+                )
+        return self
 
     @field_validator("teacher", mode="before")
     @classmethod

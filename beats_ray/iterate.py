@@ -16,8 +16,10 @@ from typing import Any
 from beats_ray import __version__
 from beats_ray.aside import make_ready
 from beats_ray.config import (
+    CrossValidateConfig,
     DistillConfig,
     EvaluateConfig,
+    FinetuneConfig,
     IterateConfig,
     PretrainConfig,
     SweepConfig,
@@ -26,6 +28,7 @@ from beats_ray.config import (
 )
 from beats_ray.console import Console
 from beats_ray.data.storage import Place, open_place
+from beats_ray.downstream import show_results, write_results
 from beats_ray.identity import run_identity
 from beats_ray.iterate_plan import inspect
 from beats_ray.stage import differences, is_complete, run_stage
@@ -50,18 +53,27 @@ def run_iterate(config: IterateConfig, console: Console) -> Written:
         if not is_complete(stage.folder):
             console.stage(f"iteration {stage.iteration}: {stage.title}" if stage.iteration else stage.title)
             _run(stage, config, console)
+        if stage.task:
+            write_results(run, found.stages)
+    show_results(found.stages, console)
     return [("encoder", (run / f"iteration-{config.iterations}" / "pretrain" / "model").uri), *write_report(run.uri)]
 
 
 def check_plan(config: IterateConfig) -> None:
-    """ConfigError where a stage asks for more than the cluster has, or the sweep's settings could not run."""
+    """ConfigError where a stage asks for more than the cluster has, or a sweep's settings could not run."""
     from beats_ray.launch import check_fits
     from beats_ray.tune.sweep import check_sweep
 
     check_fits(config.pretrain.train, config.data)
     if config.iterations > 1 or config.start.encoder:
         check_fits(config.distill.train, config.data)
-    check_sweep(config.finetune, config.sweep)
+    if not config.tasks:
+        check_sweep(config.finetune, config.sweep)
+    for task in config.tasks.values():
+        if task.protocol == "sweep":
+            check_sweep(task.finetune, task.sweep)
+        elif task.protocol != "probe":
+            check_fits(task.finetune.train, task.data)
 
 
 def record_run(run: Place, config: IterateConfig) -> None:
@@ -90,9 +102,10 @@ def record_run(run: Place, config: IterateConfig) -> None:
 
 
 def _run(stage: Stage, config: IterateConfig, console: Console) -> None:
+    from beats_ray.cross_validate import run_cross_validate
     from beats_ray.evaluate import run_evaluate
     from beats_ray.tokenize import run_tokenize
-    from beats_ray.train.jobs import run_distill, run_pretrain
+    from beats_ray.train.jobs import run_distill, run_finetune, run_pretrain
     from beats_ray.tune.sweep import run_sweep
 
     job = stage.job
@@ -102,6 +115,10 @@ def _run(stage: Stage, config: IterateConfig, console: Console) -> None:
         run_pretrain(job, console, stage.inputs)
     elif isinstance(job, SweepConfig):
         run_sweep(job, console, stage.inputs)
+    elif isinstance(job, FinetuneConfig):
+        run_finetune(job, console, stage.inputs)
+    elif isinstance(job, CrossValidateConfig):
+        run_stage(stage.folder, stage.identity, lambda: run_cross_validate(job, console))
     elif isinstance(job, TokenizeConfig):
         run_stage(stage.folder, stage.identity, lambda: run_tokenize(job, console))
     elif isinstance(job, EvaluateConfig):

@@ -1,10 +1,10 @@
 """`beats-ray iterate CONFIG --plan`: every stage, whether it runs and why, and what it costs; or every mistake.
 
     found = inspect(config)              # mistakes that need no cluster, and the stages
-    rows = plan_stages(found.stages, found.manifest)
+    rows = plan_stages(found.stages)
 
-Reads the data set's manifest and footers, the given models, and each stage's `stage.json`. Nothing is written, and
-neither a cluster nor a GPU is asked for. FLOPs come from `train/flops.py`.
+Reads the manifests and footers of the data sets, the given models, and each stage's `stage.json`. Nothing is written,
+and neither a cluster nor a GPU is asked for. FLOPs come from `train/flops.py`.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,16 @@ from beats_ray.config import (
     IterateConfig,
     PretrainConfig,
     StartSettings,
-    SweepConfig,
     TokenizeConfig,
     UserError,
     read_values,
     validate,
 )
 from beats_ray.console import Console
-from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.stage import differences, read_stage
-from beats_ray.stages import Stage, build_stages, trial_of
+from beats_ray.stages import Stage, build_stages, fine_tuning_of
 from beats_ray.train.checks import Inputs, RunConfig, attempt, look_at_data, settings_mistakes
 from beats_ray.train.flops import RunKind
 
@@ -42,7 +41,6 @@ HOUR_SECONDS = 3600.0
 class Inspection:
     """A run before it begins, as far as it could be read."""
 
-    manifest: DatasetManifest | None = None
     stages: list[Stage] = field(default_factory=list)
     mistakes: list[UserError] = field(default_factory=list)
 
@@ -69,54 +67,78 @@ def inspect(config: IterateConfig) -> Inspection:
 
     mistakes: list[UserError] = []
     manifest = attempt(lambda: read_manifest(open_place(config.data.path)), mistakes)
-    attempt(lambda: check_search(config.finetune, config.sweep), mistakes)
+    if not config.tasks:
+        attempt(lambda: check_search(config.finetune, config.sweep), mistakes)
+    for name, task in config.tasks.items():
+        if task.protocol == "sweep":
+            own: list[UserError] = []
+            attempt(lambda task=task: check_search(task.finetune, task.sweep), own)  # type: ignore[misc]
+            mistakes += [ConfigError(f"tasks.{name}.{mistake}") for mistake in own]
     if manifest is None:
         for name in ("pretrain", "distill", "finetune"):
             train = getattr(config, name).train
-            own: list[UserError] = []
+            own = []
             attempt(lambda train=train: deepspeed_config(train, train.max_workers), own)  # type: ignore[misc]
             mistakes += [_in_section(name, one) for one in own]
-        return Inspection(None, [], mistakes)
+        return Inspection([], mistakes)
     look_at_data(config.data, manifest, mistakes)
     stages = attempt(lambda: build_stages(config, manifest), mistakes)
-    # Beside a wrong start or teacher, the settings are looked at as if the run had none.
-    plain = config.model_copy(update={"start": StartSettings(), "teacher": ("pretrained",)})
+    # Beside a wrong start, teacher or task, the settings are looked at as if the run had none.
+    plain = config.model_copy(update={"start": StartSettings(), "teacher": ("pretrained",), "tasks": {}})
     for stage in build_stages(plain, manifest) if stages is None else stages:
-        mistakes += _stage_mistakes(stage, manifest)
+        if stage.task and stage.iteration == 1:
+            look_at_data(config.tasks[stage.task].data, stage.manifest, mistakes)
+        mistakes += _stage_mistakes(stage)
     distinct = {str(mistake): mistake for mistake in mistakes}
-    return Inspection(manifest, stages or [], list(distinct.values()))
+    return Inspection(stages or [], list(distinct.values()))
 
 
-def training_of(stage: Stage) -> tuple[RunKind, str, RunConfig] | None:
-    """(kind, section of the settings, config) of the training that a stage does; of a sweep, that of one trial."""
+@dataclass(frozen=True)
+class Training:
+    """What a stage trains."""
+
+    kind: RunKind
+    section: str
+    """Of the settings that it comes from."""
+    config: RunConfig
+    """Of several runs that of the first."""
+    runs: int = 1
+
+
+def training_of(stage: Stage) -> Training | None:
+    """The training that a stage does; of a sweep, that of its trials before anything is searched."""
     if isinstance(stage.job, DistillConfig):
-        return "distill", "distill", stage.job
+        return Training("distill", "distill", stage.job)
     if isinstance(stage.job, PretrainConfig):
-        return "pretrain", "pretrain", stage.job
-    if isinstance(stage.job, SweepConfig):
-        return "finetune", "finetune", trial_of(stage)
-    return None
+        return Training("pretrain", "pretrain", stage.job)
+    found = fine_tuning_of(stage)
+    section = f"tasks.{stage.task}.finetune" if stage.task else "finetune"
+    return None if found is None else Training("finetune", section, *found)
 
 
-def _stage_mistakes(stage: Stage, manifest: DatasetManifest) -> list[UserError]:
-    training = training_of(stage)
+def _stage_mistakes(stage: Stage) -> list[UserError]:
+    mistakes: list[UserError] = []
+    training = attempt(lambda: training_of(stage), mistakes)
     if training is None:
-        return []
-    kind, section, config = training
+        return [ConfigError(f"tasks.{stage.task}.{mistake}") for mistake in mistakes]
     published = dict(stage.source) if stage.source is not None else None
-    return [_in_section(section, one) for one in settings_mistakes(kind, config, Inputs(published, manifest, []))]
+    inputs = Inputs(published, stage.manifest, [])
+    found = settings_mistakes(training.kind, training.config, inputs)
+    return [_in_section(training.section, mistake, stage.task) for mistake in found]
 
 
-def _in_section(section: str, mistake: UserError) -> UserError:
+def _in_section(section: str, mistake: UserError, task: str = "") -> UserError:
     """With the full name of the setting: a stage's own job has it at the top."""
     text = str(mistake)
-    return mistake if text.startswith(("data.", section)) else ConfigError(f"{section}.{text}")
+    if text.startswith("data."):
+        return ConfigError(f"tasks.{task}.{text}") if task else mistake
+    return mistake if text.startswith(section) else ConfigError(f"{section}.{text}")
 
 
 # --- what will run ----------------------------------------------------------------------------------------------------
 
 
-def plan_stages(stages: list[Stage], manifest: DatasetManifest) -> list[Row]:
+def plan_stages(stages: list[Stage]) -> list[Row]:
     """What a run started now does with each stage, in order."""
     rows: dict[str, Row] = {}
     for stage in stages:
@@ -128,7 +150,7 @@ def plan_stages(stages: list[Stage], manifest: DatasetManifest) -> list[Row]:
         if status == "complete":
             rows[stage.reference] = Row(stage, "done", reason, 0, 0.0)
             continue
-        clips, flops = _cost(stage, manifest, place)
+        clips, flops = _cost(stage, place)
         rows[stage.reference] = Row(stage, state, reason, clips, flops)
     return list(rows.values())
 
@@ -163,20 +185,20 @@ def _what(key: str | None) -> str:
     return "a given model" if source == "sha256" else source
 
 
-def _cost(stage: Stage, manifest: DatasetManifest, place: Place | None) -> tuple[int, float]:
+def _cost(stage: Stage, place: Place | None) -> tuple[int, float]:
     """(clips, model FLOPs) that are left to do."""
     from beats_ray.inference import missing_shards
     from beats_ray.train.committed import newest_sound_step
     from beats_ray.train.flops import inference_flops, step_flops_per_clip
 
-    job, training = stage.job, training_of(stage)
+    job, manifest, training = stage.job, stage.manifest, training_of(stage)
     if training is not None:
-        kind, _, config = training
+        train = training.config.train
         done = newest_sound_step(place / "checkpoints") if place is not None else 0
-        clips = (config.train.steps - done) * config.train.global_batch_size
-        clips *= job.sweep.num_trials if isinstance(job, SweepConfig) else 1
+        clips = (train.steps - done) * train.global_batch_size * training.runs
         assert stage.source is not None, stage.label
-        return clips, float(clips * step_flops_per_clip(kind, config, stage.source, len(manifest.label_names)))
+        per_clip = step_flops_per_clip(training.kind, training.config, stage.source, len(manifest.label_names))
+        return clips, float(clips * per_clip)
     if isinstance(job, TokenizeConfig | EvaluateConfig):
         clips = manifest.clips
         if place is not None and isinstance(job, TokenizeConfig):
@@ -204,8 +226,7 @@ def show_plan(path: str | None, overrides: list[str], tflops: float, console: Co
     found = inspect(config)
     if found.mistakes:
         return list(dict.fromkeys(map(str, found.mistakes)))
-    assert found.manifest is not None, config.data.path
-    _print_rows(plan_stages(found.stages, found.manifest), config, tflops, console)
+    _print_rows(plan_stages(found.stages), config, tflops, console)
     return []
 
 

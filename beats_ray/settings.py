@@ -145,6 +145,10 @@ def _annotation(kind: type[BaseModel], name: str) -> Any:
     """The type of a dotted field; None where there is no such field."""
     annotation: Any = kind
     for part in name.split("."):
+        entries = _entries_kind(annotation)
+        if entries:
+            annotation = entries if _has_sections(entries) else None
+            continue
         fields = annotation.model_fields if _is_section(annotation) else {}
         annotation = fields[part].annotation if part in fields else None
     return annotation
@@ -155,14 +159,22 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _entries_kind(annotation: Any) -> type[BaseModel] | None:
-    """`SearchParameter` for `dict[str, SearchParameter]`: a dict whose keys are dotted names themselves."""
+    """`SearchParameter` for `dict[str, SearchParameter]`: a dict of sections under names of the user's."""
     arguments = get_args(annotation)
     return arguments[1] if get_origin(annotation) is dict and _is_section(arguments[1]) else None
 
 
+def _has_sections(kind: type[BaseModel]) -> bool:
+    return any(_is_section(field.annotation) for field in kind.model_fields.values())
+
+
 def _set_dotted(kind: type[BaseModel], values: dict[str, Any], name: str, value: Any) -> None:
-    """Sets `section.field`. Below a dict of sections the key takes every part but the last, as in
-    `sweep.space.train.learning_rate.low`, and the dict starts from its default."""
+    """Sets `section.field`.
+
+    Below a dict of plain sections the key takes every part but the last, as in `sweep.space.train.learning_rate.low`,
+    and the dict starts from its default; where these have sections of their own it is one part, as in
+    `tasks.esc50.finetune.dropout`.
+    """
     *sections, field = name.split(".")
     annotation: Any = kind
     for depth, section in enumerate(sections):
@@ -178,8 +190,14 @@ def _set_dotted(kind: type[BaseModel], values: dict[str, Any], name: str, value:
         if not isinstance(values, dict):
             raise ConfigError(f"{name}: {'.'.join(sections[: depth + 1])} is a value, not a section")
         annotation = known.annotation if known else None
-        if entries:
+        if entries and not _has_sections(entries):
             _set_entry(entries, values, sections[depth + 1 :], field, value)
+            return
+        if entries and depth + 1 < len(sections):
+            key, *rest = sections[depth + 1 :]
+            if not isinstance(values.setdefault(key, {}), dict):
+                raise ConfigError(f"{name}: {'.'.join(sections[: depth + 2])} is a value, not a section")
+            _set_dotted(entries, values[key], ".".join([*rest, field]), value)
             return
     values[field] = value
 

@@ -6,6 +6,7 @@
     iteration-0/{pretrain,baselines,probe}               the untrained encoder and what does without one
     iteration-1/{tokenizer,pretrain,probe,sweep}         labels of a random projection, computed on the fly
     iteration-K/{tokenizer,labels,pretrain,probe,sweep}  labels of a tokenizer distilled from iteration K-1, or given
+    iteration-K/PROTOCOL-TASK                            instead of `sweep`, where `tasks` names data sets of their own
 
 A stage's inputs are other stages, by their keys, and the data set and given models, by their content. So a key is known
 before anything has run. Paths, the cluster and loggers are no part of it.
@@ -18,6 +19,7 @@ from typing import Any
 
 from beats_ray.config import (
     ConfigError,
+    CrossValidateConfig,
     DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -25,11 +27,13 @@ from beats_ray.config import (
     Job,
     PretrainConfig,
     SweepConfig,
+    TaskSettings,
     TokenizeConfig,
+    UserError,
     fingerprint,
     section_fields,
 )
-from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.identity import data_key, model_key, run_identity
 from beats_ray.inference import TOKENIZER_KINDS, check_published
@@ -44,6 +48,8 @@ class Stage:
     title: str
     """What the run shows when it comes to it."""
     folder: Place
+    manifest: DatasetManifest
+    """Of the data set that it reads: the run's, or its task's."""
     settings: Mapping[str, Any]
     """The part of its identity that is not input."""
     data: str = ""
@@ -56,6 +62,8 @@ class Stage:
     """Description of the model that it will publish."""
     source: Mapping[str, Any] | None = None
     """Description of the model that its job starts from."""
+    task: str = ""
+    """The name in `tasks` of what it judges an encoder by."""
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -100,12 +108,16 @@ class _Graph:
         self._data = data_key(config.data.path)
         self._run = open_place(config.output)
         self.stages: list[Stage] = []
+        self._tasks = {name: _read_task(name, task) for name, task in config.tasks.items()}
         labelled = bool(manifest.label_names)
         probed = labelled and not manifest.multi_label  # the probe and the baselines take one label a clip
         untrained = self._untrained()
         if probed:
             self._add(0, "baselines", "baselines without an encoder", settings={}, data=self._data)
             self._probe(0, untrained)
+        for name, task in config.tasks.items():
+            if task.protocol == "probe":
+                self._task(0, name, untrained)
         teacher: Stage | None = None
         for iteration in range(1, config.iterations + 1):
             tokenizer = self._tokenizer(iteration, teacher)
@@ -113,20 +125,26 @@ class _Graph:
             encoder = self._pretrain(iteration, tokenizer, labels)
             if probed:
                 self._probe(iteration, encoder)
-            tuned = self._sweep(iteration, encoder) if labelled else None
+            tuned = [self._task(iteration, name, encoder) for name in config.tasks]
+            if labelled and not config.tasks:
+                tuned = [self._sweep(iteration, encoder)]
+            tuned = [stage for stage in tuned if stage.published is not None]
             wants_tuned = iteration < config.iterations and config.teacher_of(iteration + 1) == "finetuned"
-            if wants_tuned and tuned is None:
+            if wants_tuned and not tuned:
+                without = "no task is a sweep or a fine-tuning, which have"
+                if not config.tasks:
+                    without = f"{config.data.path} has no labels to fine-tune"
                 raise ConfigError(
-                    f"teacher={list(config.teacher)}: {config.data.path} has no labels to fine-tune a teacher on; use "
-                    "pretrained, or give a labelled data set"
+                    f"teacher={list(config.teacher)}: {without} a teacher on; use pretrained, or give a labelled data "
+                    "set to fine-tune on in tasks"
                 )
-            teacher = tuned if wants_tuned else encoder
+            teacher = tuned[0] if wants_tuned else encoder
 
     def _add(self, iteration: int, name: str, title: str, **fields: Any) -> Stage:
         job = fields.get("job")
         if job is not None:
-            fields |= {"settings": run_identity(job), "data": self._data}
-        stage = Stage(iteration, name, title, self._folder(iteration, name), **fields)
+            fields = {"data": self._data} | fields | {"settings": run_identity(job)}
+        stage = Stage(iteration, name, title, self._folder(iteration, name), **{"manifest": self._manifest} | fields)
         self.stages.append(stage)
         return stage
 
@@ -233,17 +251,76 @@ class _Graph:
             finetune=self._config.finetune,
             sweep=self._config.sweep,
         )
-        head = {"num_classes": len(self._manifest.label_names), "multi_label": self._manifest.multi_label}
-        published = {"kind": "classifier", "config": {**describe_encoder(self._config)["config"], "classifier": head}}
         return self._add(
             iteration,
             "sweep",
             "fine-tuning sweep",
             job=job,
             models={"encoder": encoder},
-            published=published,
+            published=self._classifier(self._manifest),
             source=encoder.published,
         )
+
+    def _task(self, iteration: int, task: str, encoder: Stage) -> Stage:
+        settings, manifest = self._config.tasks[task], self._tasks[task]
+        name = f"{settings.protocol}-{task}"
+        common = self._common(iteration, name) | {"data": settings.data}
+        job: Job
+        if settings.protocol == "sweep":
+            job = SweepConfig(**common, encoder=encoder.model, finetune=settings.finetune, sweep=settings.sweep)
+        elif settings.protocol == "finetune":
+            job = FinetuneConfig(**common, encoder=encoder.model, **section_fields(settings.finetune))
+        elif settings.protocol == "cross-validate":
+            job = CrossValidateConfig(
+                **common,
+                encoder=encoder.model,
+                finetune=settings.finetune,
+                cross_validation=settings.cross_validation,
+            )
+        else:
+            inference = section_fields(self._config.inference)
+            job = EvaluateConfig(**common, model=encoder.model, probe=settings.probe, **inference)
+        return self._add(
+            iteration,
+            name,
+            f"{task}: {_PROTOCOLS[settings.protocol]}",
+            job=job,
+            task=task,
+            manifest=manifest,
+            data=data_key(settings.data.path),
+            models={"model" if settings.protocol == "probe" else "encoder": encoder},
+            published=self._classifier(manifest) if settings.protocol in ("sweep", "finetune") else None,
+            source=encoder.published,
+        )
+
+    def _classifier(self, manifest: DatasetManifest) -> dict[str, Any]:
+        head = {"num_classes": len(manifest.label_names), "multi_label": manifest.multi_label}
+        return {"kind": "classifier", "config": {**describe_encoder(self._config)["config"], "classifier": head}}
+
+
+_PROTOCOLS = {
+    "sweep": "fine-tuning sweep",
+    "finetune": "fine-tuning",
+    "cross-validate": "fine-tuning over folds",
+    "probe": "frozen linear probe over all folds",
+}
+
+
+def _read_task(name: str, task: TaskSettings) -> DatasetManifest:
+    try:
+        manifest = read_manifest(open_place(task.data.path))
+    except UserError as error:
+        raise ConfigError(f"tasks.{name}.data.path: {error}") from error
+    if not manifest.label_names:
+        raise ConfigError(
+            f"tasks.{name}.data.path={task.data.path}: has no labels to judge by; give a labelled data set"
+        )
+    if manifest.multi_label and task.protocol in ("cross-validate", "probe"):
+        raise ConfigError(
+            f"tasks.{name}.protocol={task.protocol}: takes one label a clip, and {task.data.path} has several; use "
+            "sweep or finetune"
+        )
+    return manifest
 
 
 def describe_encoder(config: IterateConfig) -> dict[str, Any]:
@@ -255,9 +332,16 @@ def describe_encoder(config: IterateConfig) -> dict[str, Any]:
     }
 
 
-def trial_of(stage: Stage) -> FinetuneConfig:
-    """The fine-tuning run that a trial of a sweep is, before anything is searched."""
+def fine_tuning_of(stage: Stage) -> tuple[FinetuneConfig, int] | None:
+    """The fine-tuning run of a sweep, before anything is searched, or of the first fold; and how many a stage does."""
+    from beats_ray.cross_validate import plan_runs
     from beats_ray.tune.sweep import trial_config
 
-    assert isinstance(stage.job, SweepConfig), stage.label
-    return trial_config(stage.job, "check", {})
+    if isinstance(stage.job, FinetuneConfig):
+        return stage.job, 1
+    if isinstance(stage.job, SweepConfig):
+        return trial_config(stage.job, "check", {}), stage.job.sweep.num_trials
+    if isinstance(stage.job, CrossValidateConfig):
+        runs = plan_runs(stage.job, stage.manifest)
+        return runs[0].config, len(runs)
+    return None

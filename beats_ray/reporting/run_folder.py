@@ -49,9 +49,9 @@ class Stage:
         if not isinstance(inputs, dict):
             return "-"
         key = str(inputs.get("teacher") or "")
-        match = re.match(r"iteration-(\d+)/(\w+) ", key)
+        match = re.match(r"iteration-(\d+)/(\S+) ", key)
         if match:
-            what = "fine-tuned model" if match[2] == "sweep" else "pre-trained encoder"
+            what = "fine-tuned model" if match[2].startswith(("sweep", "finetune")) else "pre-trained encoder"
             return f"iteration {match[1]}, {what}"
         return "a given model" if key else "none: given" if "tokenizer" in inputs else "none: random projection"
 

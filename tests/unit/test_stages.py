@@ -12,9 +12,10 @@ import torch
 
 from beats_ray import cli
 from beats_ray.aside import make_ready
-from beats_ray.config import IterateConfig, PretrainConfig, load_config
+from beats_ray.config import ConfigError, IterateConfig, PretrainConfig, load_config
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import open_place
+from beats_ray.downstream import write_results
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.iterate import record_run
 from beats_ray.iterate_plan import Row, inspect, plan_stages
@@ -66,7 +67,7 @@ def stages_of(config: IterateConfig) -> list[Stage]:
 
 
 def rows_of(config: IterateConfig) -> dict[str, Row]:
-    rows = plan_stages(stages_of(config), read_manifest(open_place(config.data.path)))
+    rows = plan_stages(stages_of(config))
     return {f"{row.stage.iteration} {row.stage.name}": row for row in rows}
 
 
@@ -342,3 +343,133 @@ def test_run_json_keeps_its_beginning_and_says_what_was_changed(folder: Path) ->
     assert second["started"] == first["started"]
     assert second["config"]["distill"]["train"]["steps"] == 30
     assert [change["settings"] for change in second["changes"]] == [[["distill.train.steps", 20, 30]]]
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def task_config(folder: Path, *overrides: str) -> IterateConfig:
+    """Two tasks on a data set of their own, beside an unlabelled corpus."""
+    for name, labels in (("corpus", ()), ("judged", ("a", "b"))):
+        if not (folder / name).exists():
+            write_dataset(folder / name, labels)
+    values = {
+        "output": str(folder / "run"),
+        "data": {"path": str(folder / "corpus"), "clip_seconds": 2},
+        "iterations": 2,
+        "tasks": {
+            "folds": {
+                "protocol": "cross-validate",
+                "data": {"path": str(folder / "judged"), "clip_seconds": 4},
+                "finetune": {"train": {"steps": 20, "warmup_steps": 2, "global_batch_seconds": 32}},
+                "cross_validation": {"seeds": [0, 1]},
+            },
+            "once": {
+                "protocol": "finetune",
+                "data": {"path": str(folder / "judged")},
+                "finetune": {"train": {"steps": 20, "warmup_steps": 2, "global_batch_size": 8}},
+            },
+            "frozen": {"protocol": "probe", "data": {"path": str(folder / "judged")}},
+        },
+    }
+    path = folder / "tasks.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    plain = [given for given in SMALL if not given.startswith("finetune")]
+    return load_config(IterateConfig, str(path), [*plain, *overrides])
+
+
+TASKS = ["cross-validate-folds", "finetune-once", "probe-frozen"]
+
+
+def test_every_encoder_is_judged_by_every_task(folder: Path) -> None:
+    stages = stages_of(task_config(folder))
+    assert [f"{stage.iteration} {stage.name}" for stage in stages] == [
+        "0 pretrain", "0 probe-frozen",
+        *(f"1 {name}" for name in ["tokenizer", "pretrain", *TASKS]),
+        *(f"2 {name}" for name in ["tokenizer", "labels", "pretrain", *TASKS]),
+    ]  # fmt: skip
+    folds = next(stage for stage in stages if stage.name == TASKS[0])
+    assert folds.job.finetune.train.global_batch_size == 8  # type: ignore[union-attr]
+    assert folds.job.encoder.endswith("iteration-1/pretrain/model")  # type: ignore[union-attr]
+
+
+def test_a_task_depends_on_its_own_data_and_settings_and_on_its_encoder(folder: Path) -> None:
+    work_off(task_config(folder))
+    assert work_off(task_config(folder, "tasks.once.finetune.dropout=0.1")) == ["1 finetune-once", "2 finetune-once"]
+    assert work_off(task_config(folder, "tasks.once.data.read_tasks=3")) == []
+    (folder / "judged").rename(folder / "elsewhere")
+    moved = [f"tasks.{task}.data.path={folder / 'elsewhere'}" for task in ("folds", "once", "frozen")]
+    assert work_off(task_config(folder, *moved)) == []
+    write_dataset(folder / "other", ("a", "b"))
+    manifest = folder / "other" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"sha256":"1"', '"sha256":"2"'))
+    other = [*moved, f"tasks.frozen.data.path={folder / 'other'}"]
+    assert work_off(task_config(folder, *other)) == [f"{iteration} probe-frozen" for iteration in (0, 1, 2)]
+    again = work_off(task_config(folder, *moved, "pretrain.train.steps=30"))
+    assert again == [*(f"1 {name}" for name in ["pretrain", *TASKS]), *(f"2 {name}" for name in LATER[:3] + TASKS)]
+
+
+def test_the_plan_counts_the_runs_of_every_fold_and_seed(folder: Path) -> None:
+    rows = rows_of(task_config(folder))
+    assert rows["1 cross-validate-folds"].clips == 4 * 2 * 20 * 8
+    assert rows["1 finetune-once"].clips == 20 * 8
+    assert rows["1 probe-frozen"].clips == 40
+
+
+def test_a_fine_tuned_teacher_is_the_first_task_that_has_one(folder: Path) -> None:
+    stages = {stage.label: stage for stage in stages_of(task_config(folder, "teacher=finetuned"))}
+    assert stages["iteration 2 tokenizer"].inputs["teacher"].startswith("iteration-1/finetune-once ")
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("tasks.once.data.path=/nowhere", "tasks.once.data.path: /nowhere: not a prepared data set"),
+        ("tasks.once.data.path=CORPUS", "has no labels to judge by"),
+        ("tasks.once.finetune.folds.test_fold=9", "tasks.once.finetune.folds.test_fold=9"),
+        ("tasks.folds.cross_validation.folds=[7]", "tasks.folds.cross_validation.folds: 7 is not among the folds"),
+        ("tasks.once.data.clip_seconds=0.01", "tasks.once.data.clip_seconds=0.01"),
+    ],
+)
+def test_a_mistake_of_a_task_names_it(folder: Path, override: str, shown: str) -> None:
+    given = override.replace("CORPUS", str(folder / "corpus")).replace("JUDGED", str(folder / "judged"))
+    (mistake,) = inspect(task_config(folder, given)).mistakes
+    assert shown in str(mistake)
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("finetune.dropout=0.1", "move it to tasks.NAME.finetune"),
+        ("tasks.more={protocol: probe}", "data.path is empty"),
+        ("tasks.a/b={data: {path: x}}", "is to be a folder's name"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(folder: Path, override: str, shown: str) -> None:
+    with pytest.raises(ConfigError, match=shown):
+        task_config(folder, override)
+
+
+def test_the_results_are_of_held_out_clips_and_a_row_for_each_encoder_and_task(folder: Path) -> None:
+    config = task_config(folder)
+    run = open_place(str(folder / "run"))
+    stages = {f"{stage.iteration} {stage.name}": stage for stage in stages_of(config)}
+
+    def finish(name: str, file: str, content: str) -> None:
+        stage = stages[name]
+        run_stage(stage.folder, stage.identity, lambda: (stage.folder / file).write_bytes(content.encode()))
+
+    last = json.dumps({"step": 20, "validation/accuracy": 0.9, "test/accuracy": 0.75})
+    finish("1 finetune-once", "metrics.jsonl", json.dumps({"step": 10, "test/accuracy": 0.1}) + "\n" + last + "\n")
+    fold = {"accuracy": 0.6, "standard_error": 0.07, "clips": 40}
+    finish("1 cross-validate-folds", "cross_validation.json", json.dumps({"encoders": {"encoder": fold}}))
+    finish("0 probe-frozen", "evaluation.json", json.dumps({"accuracy": 0.5, "standard_error": 0.08, "clips": 40}))
+    write_results(run, stages.values())
+    found = (run / "results.json").read_json()["results"]
+    assert [(row["iteration"], row["task"], row["protocol"], row["value"], row["clips"]) for row in found] == [
+        (0, "frozen", "probe", 0.5, 40), (1, "folds", "cross-validate", 0.6, 40), (1, "once", "finetune", 0.75, 4),
+    ]  # fmt: skip
+    assert found[2]["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    table = (run / "results.csv").read_bytes().decode().splitlines()
+    assert table[0].startswith("iteration,task,protocol,data,metric,value")
+    assert len(table) == 4
