@@ -878,6 +878,9 @@ class StartSettings(Section):
     tokenizer: str = ""
     """Tokenizer, published or released, that iteration 1 uses; its labels are computed once. Without either, iteration
     1 has a random projection, as in the paper."""
+    initial: str = ""
+    """Encoder, published or released, whose weights iteration 1's pre-training begins with; random ones if empty, as in
+    the paper."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -88,7 +88,11 @@ def labels_key(path: str) -> str:
 
 def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
     kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
-    for section, fields in (("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS | {"path"})):
+    concurrency = {"max_concurrent_trials", "max_concurrent_runs"}
+    for section, fields in (
+        ("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS | {"path"}),
+        ("sweep", concurrency), ("cross_validation", concurrency),
+    ):  # fmt: skip
         if isinstance(kept.get(section), dict):
             kept[section] = {name: value for name, value in kept[section].items() if name not in fields}
             if "deepspeed" in kept[section]:

@@ -110,7 +110,7 @@ def map_clips(
     if not spans:
         return
     num_workers = min(num_workers, sum(-(-span.clips // batch_clips) for span in spans))
-    _check_cluster(num_workers, use_gpu)
+    check_actors(num_workers, use_gpu)
     # Any: Ray's hints of map_batches do not know generators with further arguments.
     graph: Any = ray.data.from_items(
         [asdict(span) for span in spans], override_num_blocks=min(len(spans), MAX_READ_TASKS)
@@ -189,15 +189,16 @@ def write_shard(output: Place, shard: Shard, rows: pa.Table) -> None:
     (output / "shards" / shard.file).write_bytes(buffer.getvalue().to_pybytes())
 
 
-def _check_cluster(num_workers: int, use_gpu: bool) -> None:
+def check_actors(num_workers: int, use_gpu: bool, section: str = "") -> None:
+    """UserError where the cluster has not the CPUs or GPUs of so many actors. `section`: of the setting, with a dot."""
     import ray
 
     resources = ray.cluster_resources() if ray.is_initialized() else {}
     for name, needed in (("CPU", num_workers + CPUS_PER_READER), ("GPU", num_workers if use_gpu else 0)):
         if ray.is_initialized() and resources.get(name, 0) < needed:
             raise UserError(
-                f"num_workers={num_workers} needs {needed:g} {name}s, the cluster has {resources.get(name, 0):g}; "
-                "lower num_workers or add nodes"
+                f"{section}num_workers={num_workers} needs {needed:g} {name}s, the cluster has "
+                f"{resources.get(name, 0):g}; lower num_workers or add nodes"
             )
 
 

@@ -61,9 +61,11 @@ def run_iterate(config: IterateConfig, console: Console) -> Written:
 
 def check_plan(config: IterateConfig) -> None:
     """ConfigError where a stage asks for more than the cluster has, or a sweep's settings could not run."""
+    from beats_ray.inference import check_actors
     from beats_ray.launch import check_fits
     from beats_ray.tune.sweep import check_sweep
 
+    check_actors(config.inference.num_workers, config.inference.use_gpu, "inference.")
     check_fits(config.pretrain.train, config.data)
     if config.iterations > 1 or config.start.encoder:
         check_fits(config.distill.train, config.data)

@@ -117,12 +117,17 @@ def training_of(stage: Stage) -> Training | None:
 
 
 def _stage_mistakes(stage: Stage) -> list[UserError]:
+    from beats_ray.inference import check_published
+
     mistakes: list[UserError] = []
     training = attempt(lambda: training_of(stage), mistakes)
     if training is None:
         return [ConfigError(f"tasks.{stage.task}.{mistake}") for mistake in mistakes]
     published = dict(stage.source) if stage.source is not None else None
-    inputs = Inputs(published, stage.manifest, [])
+    initial = None
+    if isinstance(training.config, PretrainConfig) and training.config.initial:
+        initial = check_published(open_place(training.config.initial), "start.initial", ("encoder",))
+    inputs = Inputs(published, stage.manifest, [], initial)
     found = settings_mistakes(training.kind, training.config, inputs)
     return [_in_section(training.section, mistake, stage.task) for mistake in found]
 

@@ -199,6 +199,9 @@ def _set_dotted(kind: type[BaseModel], values: dict[str, Any], name: str, value:
                 raise ConfigError(f"{name}: {'.'.join(sections[: depth + 2])} is a value, not a section")
             _set_dotted(entries, values[key], ".".join([*rest, field]), value)
             return
+        if entries and value is None:  # null takes the entry out
+            values.pop(field, None)
+            return
     values[field] = value
 
 

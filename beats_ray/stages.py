@@ -33,7 +33,7 @@ from beats_ray.config import (
     fingerprint,
     section_fields,
 )
-from beats_ray.data.manifest import DatasetManifest, read_manifest
+from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.identity import data_key, model_key, run_identity
 from beats_ray.inference import TOKENIZER_KINDS, check_published
@@ -110,7 +110,7 @@ class _Graph:
         self.stages: list[Stage] = []
         self._tasks = {name: _read_task(name, task) for name, task in config.tasks.items()}
         labelled = bool(manifest.label_names)
-        probed = labelled and not manifest.multi_label  # the probe and the baselines take one label a clip
+        probed = labelled and _has_probe(manifest)
         untrained = self._untrained()
         if probed:
             self._add(0, "baselines", "baselines without an encoder", settings={}, data=self._data)
@@ -119,11 +119,12 @@ class _Graph:
             if task.protocol == "probe":
                 self._task(0, name, untrained)
         teacher: Stage | None = None
+        heard_labels = False  # a teacher was fitted to labels of the set's own folds: none of them can judge any more
         for iteration in range(1, config.iterations + 1):
             tokenizer = self._tokenizer(iteration, teacher)
             labels = self._labels(iteration, tokenizer) if self._has_labels(iteration) else None
             encoder = self._pretrain(iteration, tokenizer, labels)
-            if probed:
+            if probed and not heard_labels:
                 self._probe(iteration, encoder)
             tuned = [self._task(iteration, name, encoder) for name in config.tasks]
             if labelled and not config.tasks:
@@ -139,6 +140,9 @@ class _Graph:
                     "set to fine-tune on in tasks"
                 )
             teacher = tuned[0] if wants_tuned else encoder
+            if wants_tuned:
+                heard_labels = heard_labels or tuned[0].manifest.shards == manifest.shards
+                self._check_judges(tuned[0])
 
     def _add(self, iteration: int, name: str, title: str, **fields: Any) -> Stage:
         job = fields.get("job")
@@ -218,18 +222,26 @@ class _Graph:
         )
 
     def _pretrain(self, iteration: int, tokenizer: Stage, labels: Stage | None) -> Stage:
+        initial = self._config.start.initial if iteration == 1 else ""
         job = PretrainConfig(
             **self._common(iteration, "pretrain"),
             tokenizer=tokenizer.model,
             labels=labels.folder.uri if labels else "",
+            initial=initial,
             **section_fields(self._config.pretrain),
         )
+        models: dict[str, Stage | str] = {"tokenizer": tokenizer}
+        if labels:
+            models["labels"] = labels
+        if initial:
+            check_published(open_place(initial), "start.initial", ("encoder",))
+            models["initial"] = model_key(initial)
         return self._add(
             iteration,
             "pretrain",
-            "masked pre-training",
+            f"masked pre-training, from {initial}" if initial else "masked pre-training",
             job=job,
-            models={"tokenizer": tokenizer} | ({"labels": labels} if labels else {}),
+            models=models,
             published=describe_encoder(self._config),
             source=tokenizer.published,
         )
@@ -293,6 +305,16 @@ class _Graph:
             source=encoder.published,
         )
 
+    def _check_judges(self, teacher: Stage) -> None:
+        """ConfigError for a task that judges by folds a fine-tuned teacher was trained on."""
+        for name, task in self._config.tasks.items():
+            if task.protocol in ("probe", "cross-validate") and self._tasks[name].shards == teacher.manifest.shards:
+                raise ConfigError(
+                    f"tasks.{name}.protocol={task.protocol}: takes each fold in turn for a test, and the teacher that "
+                    f"tasks.{teacher.task} fine-tunes has heard the labels of most of them; leave tasks.{name} out, or "
+                    "use teacher=pretrained"
+                )
+
     def _classifier(self, manifest: DatasetManifest) -> dict[str, Any]:
         head = {"num_classes": len(manifest.label_names), "multi_label": manifest.multi_label}
         return {"kind": "classifier", "config": {**describe_encoder(self._config)["config"], "classifier": head}}
@@ -306,6 +328,11 @@ _PROTOCOLS = {
 }
 
 
+def _has_probe(manifest: DatasetManifest) -> bool:
+    """Whether folds can judge a frozen encoder: they need one label a clip, and two folds at least."""
+    return not manifest.multi_label and sum(int(fold) != NO_FOLD for fold in manifest.clips_by_fold) > 1
+
+
 def _read_task(name: str, task: TaskSettings) -> DatasetManifest:
     try:
         manifest = read_manifest(open_place(task.data.path))
@@ -315,10 +342,11 @@ def _read_task(name: str, task: TaskSettings) -> DatasetManifest:
         raise ConfigError(
             f"tasks.{name}.data.path={task.data.path}: has no labels to judge by; give a labelled data set"
         )
-    if manifest.multi_label and task.protocol in ("cross-validate", "probe"):
+    if task.protocol in ("cross-validate", "probe") and not _has_probe(manifest):
+        what = "several labels a clip" if manifest.multi_label else "fewer than two folds"
         raise ConfigError(
-            f"tasks.{name}.protocol={task.protocol}: takes one label a clip, and {task.data.path} has several; use "
-            "sweep or finetune"
+            f"tasks.{name}.protocol={task.protocol}: takes one label a clip and two folds or more, and "
+            f"{task.data.path} has {what}; use sweep or finetune"
         )
     return manifest
 

@@ -27,6 +27,8 @@ Figures = tuple[float, int, int, float, float]
 
 PRETRAINING: Figures = (5600, 400_000, 32_000, 5e-4, 1.0)
 TOKENIZER: Figures = (1400, 400_000, 32_000, 5e-5, 1.0)
+AUDIOSET_2M: Figures = (10_000, 50_000, 10_000, 1e-4, 0.6)
+ESC50: Figures = (64 * 5, 6_000, 600, 3e-5, 0.2)
 AUDIOSET_20K: Figures = (800, 80_000, 8_000, 3e-5, 0.3)
 PAPER: list[tuple[str, type[Section], list[str], str, Figures]] = [
     ("pretrain-base", PretrainConfig, [], "", PRETRAINING),
@@ -41,14 +43,15 @@ PAPER: list[tuple[str, type[Section], list[str], str, Figures]] = [
     ("tokenizer-large", DistillConfig, [], "", TOKENIZER),
     ("iterate-base", IterateConfig, [], "pretrain", PRETRAINING),
     ("iterate-base", IterateConfig, [], "distill", TOKENIZER),
-    ("iterate-base", IterateConfig, [], "finetune", AUDIOSET_20K),
-    ("iterate-large", IterateConfig, [], "pretrain", PRETRAINING),
-    ("iterate-large", IterateConfig, [], "distill", TOKENIZER),
+    ("iterate-base", IterateConfig, [], "tasks.audioset-2m.finetune", AUDIOSET_2M),
+    ("iterate-base", IterateConfig, [], "tasks.audioset-20k.finetune", AUDIOSET_20K),
+    ("iterate-base", IterateConfig, [], "tasks.esc50.finetune", ESC50),
     ("iterate-1gpu", IterateConfig, [], "pretrain", PRETRAINING),
     ("iterate-1gpu", IterateConfig, [], "distill", TOKENIZER),
-    ("finetune-audioset-2m", FinetuneConfig, [], "", (10_000, 50_000, 10_000, 1e-4, 0.6)),
+    ("iterate-1gpu", IterateConfig, [], "tasks.esc50.finetune", ESC50),
+    ("finetune-audioset-2m", FinetuneConfig, [], "", AUDIOSET_2M),
     ("finetune-audioset-20k", FinetuneConfig, [], "", AUDIOSET_20K),
-    ("finetune-esc50", FinetuneConfig, [], "", (64 * 5, 6_000, 600, 3e-5, 0.2)),
+    ("finetune-esc50", FinetuneConfig, [], "", ESC50),
 ]
 
 
@@ -57,9 +60,14 @@ def test_a_preset_has_the_paper_s_figures(
     name: str, kind: type[Section], overrides: list[str], section: str, figures: Figures
 ) -> None:
     config: Any = load_config(kind, str(JOBS / f"{name}.yaml"), overrides)
+    clip_seconds = config.data.clip_seconds
+    *task, section = section.rsplit(".", 1)
+    if task:
+        config = config.tasks[task[0].removeprefix("tasks.")]
+        clip_seconds = config.data.clip_seconds
     train: TrainSettings = (getattr(config, section) if section else config).train
     seconds, steps, warmup, rate, decay = figures
-    assert train.global_batch_size * config.data.clip_seconds == pytest.approx(seconds, rel=0.02)
+    assert train.global_batch_size * clip_seconds == pytest.approx(seconds, rel=0.02)
     assert train.accumulation_steps(train.max_workers) * train.max_workers * train.micro_batch_size == (
         train.global_batch_size
     )
@@ -82,6 +90,16 @@ def test_presets_of_one_thing_differ_in_how_it_runs_alone() -> None:
         config = load_config(PretrainConfig, str(JOBS / f"{name}.yaml"))
         assert (config.masking.ratio, config.predictor.num_layers, config.predictor.mask_vector) == (0.75, 3, "zero")
         assert config.data.splits == ("balanced_train", "unbalanced_train")  # never the clips that judge
+
+
+def test_no_clip_that_judges_is_pre_trained_on() -> None:
+    config = load_config(IterateConfig, str(JOBS / "iterate-base.yaml"))
+    assert config.data.splits == ("balanced_train", "unbalanced_train")
+    tasks = config.tasks.items()
+    assert {name: task.data.splits for name, task in tasks} == {
+        "audioset-2m": (), "audioset-20k": ("balanced_train", "eval"), "esc50": (),
+    }  # fmt: skip
+    assert config.tasks["esc50"].finetune.augment.mixup == 0
 
 
 def published(preset: str, kind: str = "encoder") -> dict[str, Any]:
