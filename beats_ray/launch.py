@@ -11,8 +11,10 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +56,8 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
     if joins:
         address = os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address
         try:
-            ray.init(address=address, log_to_driver=False)
+            with _keeping_sigterm():
+                ray.init(address=address, log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError(
                 f"ray.address={address}: no cluster answers there; check RAY_ADDRESS, or set ray.address=local"
@@ -109,7 +112,7 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     started: list[psutil.Process] = []
     try:
-        with _without_announcements():
+        with _without_announcements(), _keeping_sigterm():
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus or 2 * cores,
@@ -126,6 +129,21 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
         _end(started)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Leaves SIGTERM to whom it belonged before the block.
+
+    `ray.init` takes it: its C++ part aborts a process that has not ended 3 s later, and a run needs longer for its last
+    checkpoint.
+    """
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and ours is not None:
+            signal.signal(signal.SIGTERM, ours)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,45 @@
+"""What a cluster's start leaves alone in the process that starts it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+SLOW_END = """
+import signal, sys, time
+
+from beats_ray.cli import _stop
+from beats_ray.config import RaySettings
+from beats_ray.launch import ray_cluster
+
+signal.signal(signal.SIGTERM, _stop)
+with ray_cluster(RaySettings(address="local", num_cpus=1, object_store_mib=100)):
+    try:
+        print("ready", flush=True)
+        time.sleep(120)
+    finally:
+        time.sleep(5)
+        print("the last checkpoint", flush=True)
+"""
+
+
+def test_a_command_that_is_asked_to_end_has_the_time_for_its_last_checkpoint() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_END], env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (143, "the last checkpoint\n", "")
