@@ -30,7 +30,7 @@ demo: $(STAMP)
 	@$(BIN)/beats-ray demo $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget "$(BUDGET)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "(unit or ray) and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(unit or ray) and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -16,11 +16,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test without a marker would run nowhere: it is an error."""
+    """A test without a marker would run nowhere: it is an error. `pytest -n` keeps together what shares a fixture."""
     unmarked = [item.nodeid for item in items if not any(item.get_closest_marker(kind) for kind in KINDS)]
     if unmarked:
         raise pytest.UsageError(f"tests without a marker ({', '.join(KINDS)}): {', '.join(unmarked[:5])}")
+    for item in items:
+        shares_cluster = "shared" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cluster" if shares_cluster else str(item.path)))
 
 
 @pytest.fixture(scope="session")
