@@ -50,7 +50,7 @@ COMMANDS = {
         config.PretrainConfig,
         "train.jobs:run_pretrain",
         "Pre-train an encoder on masked tokenizer labels.",
-        ("data.path", "tokenizer|labels"),
+        ("data.path", "tokenizer?", "labels?", "initial?"),
         has_dry_run=True,
     ),
     "train-tokenizer": Command(

@@ -670,12 +670,22 @@ class PretrainConfig(TrainingJob, PretrainSettings):
     reads: ClassVar[tuple[str, ...]] = ("tokenizer", "labels", "initial")
 
     tokenizer: str = ""
-    """Published tokenizer whose labels are predicted; computed on the fly where `labels` is empty."""
+    """Published tokenizer whose labels are predicted, computed on the fly where `labels` is empty; without one the
+    tokenizer is `random_projection`, as in the paper's iteration 1."""
+    random_projection: RandomProjectionSettings = RandomProjectionSettings()
     labels: str = ""
     """Labels stage: patch labels that `tokenize` wrote for `data.path`."""
     initial: str = ""
     """Published encoder whose weights training goes on from, for another domain; from scratch without. Paper: from
     scratch."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if self.tokenizer and "random_projection" in self.model_fields_set:
+            raise ValueError(f"random_projection and tokenizer={self.tokenizer} are both set; set one of them")
+        if self.labels and not self.tokenizer:
+            raise ValueError(f"labels={self.labels} needs the tokenizer that wrote them; set tokenizer")
+        return self
 
 
 class DistillConfig(TrainingJob, DistillSettings):

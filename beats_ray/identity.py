@@ -10,7 +10,15 @@ difference, and a teacher that was replaced under its old path is one.
 from collections.abc import Mapping
 from typing import Any
 
-from beats_ray.config import EvaluateConfig, InferenceSettings, Job, TokenizeConfig, UserError, fingerprint
+from beats_ray.config import (
+    EvaluateConfig,
+    InferenceSettings,
+    Job,
+    PretrainConfig,
+    TokenizeConfig,
+    UserError,
+    fingerprint,
+)
 from beats_ray.data.manifest import read_manifest, shards_fingerprint
 from beats_ray.data.storage import open_place
 from beats_ray.inference import model_sha256
@@ -42,7 +50,8 @@ _DERIVED = {"supervised_learning_rate"}
 
 def run_identity(config: Job) -> dict[str, Any]:
     """What makes a run the same run, of its settings alone: no paths, nothing of the cluster, nobody who is told."""
-    values = config.model_dump(mode="json", exclude={*_ELSEWHERE, *config.reads, *_DERIVED})
+    unused = {"random_projection"} if isinstance(config, PretrainConfig) and config.tokenizer else set()
+    values = config.model_dump(mode="json", exclude={*_ELSEWHERE, *config.reads, *_DERIVED, *unused})
     kept = _without_execution(values)
     if type(config) in _DATA_FIELDS and "data" in kept:
         kept["data"] = {name: kept["data"][name] for name in sorted(_DATA_FIELDS[type(config)])}

@@ -344,6 +344,15 @@ def model_sha256(model: Place) -> str:
     return digest.hexdigest()
 
 
+def publish(module: "torch.nn.Module", model: Place) -> None:
+    """Writes a module as a published model (see `models/checkpoints.py`)."""
+    from beats_ray.models import save_model
+
+    with tempfile.TemporaryDirectory(prefix="beats-ray-publish-") as scratch:
+        save_model(module, Path(scratch) / "model")
+        model.upload(Path(scratch) / "model")
+
+
 def check_published(model: Place, field: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """What the `config.json` of a published model says, of one of these kinds; a released file is described alike.
 

@@ -9,8 +9,6 @@ that depend on it; what they had made before is kept aside (`aside.py`), and ser
 """
 
 import datetime as dt
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from beats_ray import __version__
@@ -140,18 +138,17 @@ def _baselines(stage: Stage, config: IterateConfig) -> None:
 
 def _publish(stage: Stage, config: IterateConfig) -> None:
     """A model that is made on the spot."""
-    from beats_ray.models import save_model
+    from beats_ray.inference import publish
 
-    with tempfile.TemporaryDirectory(prefix="beats-ray-publish-") as scratch:
-        save_model(_build(stage, config), Path(scratch) / "model")
-        (stage.folder / "model").upload(Path(scratch) / "model")
+    publish(_build(stage, config), stage.folder / "model")
 
 
 def _build(stage: Stage, config: IterateConfig) -> Any:
     import torch
 
     from beats_ray.inference import load_published
-    from beats_ray.models import BeatsEncoder, RandomProjectionConfig, RandomProjectionTokenizer
+    from beats_ray.models import BeatsEncoder
+    from beats_ray.train.pretrain import build_random_projection
 
     if stage.name == "pretrain":
         torch.manual_seed(config.pretrain.train.seed)
@@ -159,4 +156,4 @@ def _build(stage: Stage, config: IterateConfig) -> Any:
         return BeatsEncoder(settings.resolve(), settings.positions)
     if config.start.tokenizer:
         return load_published(open_place(config.start.tokenizer))
-    return RandomProjectionTokenizer(RandomProjectionConfig(**config.random_projection.model_dump()))
+    return build_random_projection(config.random_projection)

@@ -195,6 +195,11 @@ def attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT |
 def _read_published(kind: RunKind, config: RunConfig) -> dict[str, Any]:
     field, kinds, what = _STARTS_FROM[kind]
     path = getattr(config, field)
+    if isinstance(config, PretrainConfig) and not path:
+        from beats_ray.models import describe_model
+        from beats_ray.train.pretrain import build_random_projection
+
+        return describe_model(build_random_projection(config.random_projection))
     if not path:
         raise ConfigError(f"{field} is empty; give the folder of {what}")
     return check_published(open_place(path), field, kinds)

@@ -92,11 +92,20 @@ class Run:
 
 
 def run_pretrain(config: PretrainConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
-    """Pre-trains an encoder on tokenizer labels; writes `output/model`.
+    """Pre-trains an encoder on tokenizer labels; writes `output/model`, and `output/tokenizer` where none was given.
 
     keys: of the inputs, as part of the run's identity; by their content where not given. So for all jobs here.
     """
-    return _train(_checked("pretrain", config, keys), console)
+    written = _train(_checked("pretrain", config, keys), console)
+    if config.tokenizer:
+        return written
+    from beats_ray.inference import publish
+    from beats_ray.train.pretrain import build_random_projection
+
+    tokenizer = open_place(config.output) / "tokenizer"
+    if not (tokenizer / "config.json").exists():
+        publish(build_random_projection(config.random_projection), tokenizer)
+    return [*written, ("tokenizer", tokenizer.uri)]
 
 
 def run_distill(config: DistillConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beats_ray.baselines import clip_band_baseline
-from beats_ray.config import MaskingSettings, PretrainSettings
+from beats_ray.config import MaskingSettings, PretrainSettings, RandomProjectionSettings
 from beats_ray.data.batches import MicroBatch
 from beats_ray.models import (
     BeatsEncoder,
     MaskedPatchPredictor,
     PatchMask,
     PredictorConfig,
+    RandomProjectionConfig,
     RandomProjectionTokenizer,
     SelfDistilledTokenizer,
     TokenizerConfig,
@@ -36,6 +37,11 @@ from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums, code_counts
 
 Tokenizer = RandomProjectionTokenizer | SelfDistilledTokenizer
+
+
+def build_random_projection(settings: RandomProjectionSettings) -> RandomProjectionTokenizer:
+    """Iteration 1's tokenizer: drawn from its seed, and never trained."""
+    return RandomProjectionTokenizer(RandomProjectionConfig(**settings.model_dump()))
 
 
 class PretrainModule(nn.Module):

@@ -69,9 +69,13 @@ def build_task(run: Run) -> tuple[Task, dict[str, Any]]:
     """The task object of a run, and the description of the published model it starts from, fetched from storage."""
     config = run.config
     if run.kind == "pretrain":
-        from beats_ray.train.pretrain import PretrainTask, num_codebooks_of, num_codes_of
+        from beats_ray.train.pretrain import PretrainTask, build_random_projection, num_codebooks_of, num_codes_of
 
-        tokenizer: Any = load_published(open_place(config.tokenizer))
+        tokenizer: Any = (
+            load_published(open_place(config.tokenizer))
+            if config.tokenizer
+            else build_random_projection(config.random_projection)
+        )
         on_the_fly = None if config.labels else tokenizer
         initial: Any = load_published(open_place(config.initial)) if config.initial else None
         task = PretrainTask(config, num_codes_of(tokenizer), on_the_fly, initial, num_codebooks_of(tokenizer))

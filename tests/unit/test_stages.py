@@ -329,6 +329,7 @@ def test_a_command_of_its_own_notices_a_replaced_tokenizer_and_not_a_moved_one(f
     while identity(moved) == before:  # one time in 256 the same byte
         weights.write_bytes(weights.read_bytes()[:-1] + os.urandom(1))
     assert [name for name, _, _ in differences(before, identity(moved))] == ["inputs.tokenizer"]
+    assert "random_projection" not in before  # a tokenizer is given: it plays no part
 
 
 def test_run_json_keeps_its_beginning_and_says_what_was_changed(folder: Path) -> None:

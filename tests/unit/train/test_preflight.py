@@ -116,6 +116,20 @@ def test_parameters_of_pre_training_are_those_of_the_module(places: Places, tmp_
     assert plan.size.published_bytes == pytest.approx(weights.stat().st_size, rel=0.01)  # the rest is the header
 
 
+def test_without_a_tokenizer_it_is_the_paper_s_random_projection(places: Places) -> None:
+    given, _ = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.tokenizer}", *TINY)
+    made, _ = plan_of("pretrain", PretrainConfig, places, *TINY)
+    assert (made.size, made.flops) == (given.size, given.flops)
+    fewer, _ = plan_of("pretrain", PretrainConfig, places, "random_projection.num_codes=512", *TINY)
+    assert made.size.frozen_bytes - fewer.size.frozen_bytes == 512 * 256 * 4
+    for overrides, shown in (
+        ((f"tokenizer={places.tokenizer}", "random_projection.seed=1"), "are both set; set one of them"),
+        ((f"labels={places.labels}",), "needs the tokenizer that wrote them"),
+    ):
+        with pytest.raises(ConfigError, match=shown):
+            plan_of("pretrain", PretrainConfig, places, *overrides, *TINY)
+
+
 def test_a_tokenizer_that_labels_on_the_fly_is_held_and_written_labels_are_not(places: Places) -> None:
     on_the_fly, _ = plan_of("pretrain", PretrainConfig, places, f"tokenizer={places.distilled}", *TINY)
     written, _ = plan_of(
@@ -230,7 +244,7 @@ def test_beside_wrong_settings_the_places_are_looked_at(capsys: pytest.CaptureFi
         ("pretrain", ["data.splits=[train]"], "data.splits=['train']: 'train' is not in the data set"),
         ("pretrain", ["labels=OTHER"], "these labels belong to other shards"),
         ("pretrain", ["labels=/nowhere"], "no labels here (no labels.json)"),
-        ("pretrain", ["tokenizer="], "tokenizer is empty; give the folder of a published tokenizer"),
+        ("train-tokenizer", ["teacher="], "teacher is empty; give the folder of a published encoder"),
         ("pretrain", ["data.path="], "data.path is empty; give the folder that `beats-ray prepare` wrote"),
         ("pretrain", ["data.path=UNLABELLED", "data.sampling=balanced"], "has no labels; use uniform"),
         ("pretrain", ["data.path=DAMAGED"], "bytes, dataset.json says"),
