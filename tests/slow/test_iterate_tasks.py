@@ -1,4 +1,4 @@
-"""`iterate` on a corpus without labels: data sets of their own judge every encoder, and a table says how well it does."""
+"""`iterate` on a corpus without labels: data sets of their own judge every encoder, and a table says how well."""
 
 import json
 import os
