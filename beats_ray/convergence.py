@@ -35,7 +35,7 @@ from beats_ray.config import (
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
-from beats_ray.identity import content_keys, data_key, model_key, stage_identity
+from beats_ray.identity import content_keys, data_key, stage_identity
 from beats_ray.reporting.convergence import read_seed, summary_markdown, summary_rows
 from beats_ray.stage import run_stage
 from beats_ray.train.jobs import Written
@@ -92,6 +92,8 @@ def check_judging(config: ConvergenceConfig, judged: DatasetManifest) -> None:
 def arm_config(config: ConvergenceConfig, seed: int, positions: str, iterations: int, arm: Place) -> IterateConfig:
     """The `iterate` of one seed and one kind of positions, by the budget of `minutes` where one is set."""
     fields: dict[str, Any] = {name: getattr(config, name) for name in IterateConfig.model_fields}
+    if config.tasks:  # which have their own
+        del fields["finetune"], fields["sweep"]
     pretrain, distill = config.pretrain, config.distill
     encoder = pretrain.encoder.model_copy(update={"positions": positions})
     steps = None
@@ -224,11 +226,8 @@ def _probe(arm: Place, iteration: int, config: ConvergenceConfig, console: Conso
 def _finetune(settings: CrossValidateConfig, console: Console) -> None:
     from beats_ray.cross_validate import run_cross_validate
 
-    # How many runs go on beside each other, and where the encoder lies, is no part of what is measured.
-    measured = replace(settings, {"encoder": "", "cross_validation.max_concurrent_runs": None})
-    keys = {"data": data_key(settings.data.path), "encoder": model_key(settings.encoder)}
     place = open_place(settings.output)
-    _judge(place, stage_identity(measured, keys), lambda: run_cross_validate(settings, console))
+    _judge(place, stage_identity(settings, content_keys(settings)), lambda: run_cross_validate(settings, console))
 
 
 def _judge(place: Place, identity: dict[str, Any], work: Callable[[], object]) -> None:

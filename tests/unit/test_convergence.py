@@ -71,6 +71,11 @@ def test_a_teacher_for_each_iteration_leaves_the_run_of_one_iteration_as_it_is(t
     assert arm(chosen, iterations=1).iterations == 1
 
 
+def test_tasks_of_their_own_are_those_of_every_run() -> None:
+    config = load_config(ConvergenceConfig, None, ["output=o", "data.path=d", "judged=j", "tasks.esc50.data.path=p"])
+    assert arm(config).tasks == config.tasks
+
+
 # --- fine-tuning and what is judged -----------------------------------------------------------------------------------
 
 

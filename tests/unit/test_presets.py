@@ -37,7 +37,7 @@ class Between(NamedTuple):
     high: float
 
 
-# --- the paper's table of settings (sections 3.2, 4.1, 4.2), with what ESPnet states of it -----------------------------
+# --- the paper's table of settings (sections 3.2, 4.1, 4.2), with what ESPnet states of it ----------------------------
 
 Settings = dict[str, Any]
 OPTIMIZER: Settings = {
