@@ -11,7 +11,7 @@ import torch
 
 from beats_ray.baselines import clip_band_baseline, mfcc_statistics
 from beats_ray.clip_table import ClipTable, PooledFeatures, mean_over_patches
-from beats_ray.config import EmbedConfig, EvaluateConfig, TokenizeConfig, UserError, validate
+from beats_ray.config import EmbedConfig, EvaluateConfig, TokenizeConfig, UserError, replace, validate
 from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import open_place
@@ -154,6 +154,9 @@ def test_actors_without_room_are_told_before_anything_is_written(
         encoder = str(save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), tmp_path / "m"))
         kind, run = (EvaluateConfig, run_evaluate) if command == "evaluate" else (EmbedConfig, run_embed)
         config = validate(kind, fields | {"model": encoder})
+    if isinstance(config, EvaluateConfig):  # the first of two data sets would have room: a batch of four clips
+        config = replace(config, {"data.folds": (1,), "also": [fields["data"]]})
+        monkeypatch.setattr("beats_ray.evaluate.collect_clips", lambda *_, **__: pytest.fail("it has begun"))
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     with pytest.raises(UserError, match=r"num_workers=9 needs 9.5 CPUs, the cluster has 4"):
