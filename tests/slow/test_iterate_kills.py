@@ -48,8 +48,6 @@ NUM_STAGES = int(os.environ.get("BEATS_RAY_KILL_STAGES", "99"))
 """Only the first so many stages are disturbed; the run is finished all the same."""
 WAIT_SECONDS = 600
 ATTEMPTS = 12
-SHARD_MIB = 0.5
-"""Small enough for several shards of the sample clips, and so of labels."""
 
 
 class Runs:
@@ -164,8 +162,7 @@ def prepare(folder: Path) -> Path:
     make_sample_set(folder / "raw", num_clips=50)
     command = [sys.executable, "-m", "beats_ray", "prepare", "esc50", str(folder / "raw"), str(folder / "data")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command += ["ray.address=local", f"data.shard_mib={SHARD_MIB}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "ray.address=local"], cwd=ROOT, env=environment, check=True, capture_output=True)
     assert len(list((folder / "data" / "shards").iterdir())) > 1, "labels of one shard cannot be met in the middle"
     return folder / "data"
 
