@@ -14,7 +14,7 @@ from beats_ray.clip_table import ClipTable, PooledFeatures, mean_over_patches
 from beats_ray.config import EmbedConfig, EvaluateConfig, TokenizeConfig, UserError, replace, validate
 from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
-from beats_ray.data.storage import open_place
+from beats_ray.data.storage import Place, open_place
 from beats_ray.embed import run_embed
 from beats_ray.evaluate import Logits, fold_rows, run_evaluate
 from beats_ray.inference import check_pool, pad_clips, row_group_spans
@@ -133,6 +133,34 @@ def test_the_table_of_several_data_sets_has_every_figure_and_leaves_open_what_on
     ]
     probe = {"kind": "encoder", "model": "m", "data": "d", "accuracy": 1.0, "correct": "11", "fold_accuracies": {}}
     assert figure_rows({"d": probe}) == [["name", "kind", "model", "data", "accuracy"], ["d", "encoder", "m", "d", 1.0]]
+
+
+def test_an_encoder_on_two_data_sets_leaves_the_tables_of_each_and_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        write_dataset(tmp_path / name, ("a", "b"))
+    labels, folds = [[0], [1]] * 6, np.repeat([1, 2, 3], 4)
+
+    def collect(dataset: Place, *_: object, **__: object) -> ClipTable:
+        features = np.array(labels, float) if dataset.name == "one" else np.zeros((12, 1))
+        return ClipTable([str(clip) for clip in range(12)], {"features": features}, labels, folds)
+
+    monkeypatch.setattr("beats_ray.evaluate.collect_clips", collect)
+    model = save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), tmp_path / "m")
+    fields = {"output": f"{tmp_path}/out", "model": str(model), "data": {"path": f"{tmp_path}/one"}}
+    written = run_evaluate(validate(EvaluateConfig, fields | {"also": [f"{tmp_path}/two"]}), Console())
+    assert {Path(place).relative_to(tmp_path / "out").as_posix() for _, place in written} == {
+        "one/evaluation.json", "one/folds.csv", "two/evaluation.json", "two/folds.csv", "evaluation.json",
+        "evaluation.csv",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "one" / "folds.csv").read_text().splitlines()[1:] == [
+        f"{fold},4,1.000000,0.000000" for fold in (1, 2, 3)
+    ]
+    header, first, second = ((tmp_path / "out" / "evaluation.csv").read_text()).splitlines()
+    assert header.startswith("name,kind,model,data,accuracy,standard_error")
+    assert first.startswith(f"one,encoder,{model},{tmp_path}/one,1.000000,0.000000")
+    assert second.startswith(f"two,encoder,{model},{tmp_path}/two,0.500000,")
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------
