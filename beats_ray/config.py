@@ -203,8 +203,8 @@ class MaskingSettings(Section):
 class PredictorSettings(Section):
     num_layers: PositiveInt = 3
     """Transformer layers of the label predictor (ESPnet's statement of the paper's setting)."""
-    mask_vector: Literal["zero", "learned"] = "learned"
-    """What stands at a masked place in the label predictor's input: zeros (paper), or one vector (ESPnet)."""
+    mask_vector: Literal["zero", "learned"] = "zero"
+    """What stands at a masked place in the label predictor's input: zeros, or one vector (ESPnet). Paper: zeros."""
     label_smoothing: Fraction = 0.0
     """Share of a masked patch's target that is spread over all codes. Paper: 0."""
 
@@ -231,7 +231,8 @@ class TokenizerSettings(Section):
     ema_decay: Fraction = 0.99
     """Decay of the codebook's moving averages. Paper: 0.99."""
     init_batches: PositiveInt = 4
-    """First micro-batches on which the codebook is fitted by k-means, each time on all that were seen so far."""
+    """First micro-batches on which the codebook is fitted by k-means, each time on all that were seen so far. The
+    release fits it on the first batch alone, 1; ours is more because a micro-batch may be a small part of a step."""
     commitment_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the commitment term beside the cosine distillation term."""
     restart_below: Annotated[float, Field(ge=0.0)] = 0.0
@@ -477,12 +478,12 @@ class FoldSettings(Section):
     test_split: str | None = None
     """Held-out split instead. By default, of a data set without folds, `test` or `eval`, where there is one."""
     validation_fold: int | None = None
-    """Fold that early stopping and model selection look at. -1 keeps none apart. By default the fold after the test
-    fold."""
+    """Fold that settings are chosen by, in a sweep, and by which its trials are stopped; a single run only reports it.
+    -1 keeps none apart. By default the fold after the test fold."""
     validation_split: str | None = None
-    """Split that they look at instead. By default, of a data set without folds, `validation` where there is one."""
+    """Split that does so instead. By default, of a data set without folds, `validation` where there is one."""
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Fraction of the clips of each label that is kept apart for them instead, by a hash of the clip id; 0 keeps none
+    """Fraction of the clips of each label that is kept apart for it instead, by a hash of the clip id; 0 keeps none
     and trains on all clips that are not tested. By default 0.1 where there is neither fold nor split."""
     seed: int = 0
     """Seed of that draw; the same clips whatever `train.seed` is."""
@@ -542,6 +543,8 @@ class DistillSettings(Section):
     encoder: EncoderSettings = EncoderSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     train: TrainSettings = TrainSettings(learning_rate=5e-5, global_batch_size=144)
+    """As in pre-training, but for rate and batch. Paper: 5e-5 and 1.4k seconds, 140 clips; 144 is the nearest multiple
+    of the default micro-batch of 8. `global_batch_seconds: 1400` with a micro-batch of 10 or 20 is the paper's."""
     supervised_learning_rate: PositiveFloat = 5e-4
     """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. Paper: 5e-4."""
 
@@ -563,7 +566,8 @@ class FinetuneSettings(Section):
     layer_drop: Fraction = 0.1
     """Probability of skipping an encoder layer during training. Paper: 0.1."""
     validate_every_steps: PositiveInt = 100
-    """Optimizer steps between two evaluations on the validation part: the unit of early stopping."""
+    """Optimizer steps between two evaluations on the validation part. A run goes on to its last step whatever they say;
+    in a sweep they are the unit in which ASHA stops trials."""
     train: TrainSettings = TrainSettings(
         steps=6000, warmup_steps=600, learning_rate=1e-4, layer_decay=0.6, global_batch_size=64, zero_stage=1
     )
@@ -979,15 +983,29 @@ class IterateConfig(TrainingJob):
 
 class ConvergenceConfig(IterateConfig):
     judged: str = ""
-    """Prepared, labelled data set whose folds judge every encoder; its clips are trained on only where they are in
-    `data.path` too."""
+    """Prepared, labelled data set whose folds judge every encoder; clips of it are pre-trained on only where they are
+    in `data.path` too."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of everything random in a run: weights, order, masks, random projection. More may be added later."""
     compact: bool = True
     """Whether iteration 1 is run with compact positions too, by the same budget."""
+    finetuned: bool = False
+    """Whether every encoder is also fine-tuned on `judged`, each fold being the test fold in turn, with the settings of
+    `finetune` and `cross_validation`: a training run for each fold, encoder and seed. May be set later."""
+    cross_validation: CrossValidationSettings = CrossValidationSettings()
     minutes: PositiveFloat | None = None
     """Minutes for each pre-training, a quarter of it for each tokenizer: their steps, warm-up and checkpoints then
     follow. None leaves `pretrain.train` and `distill.train` as they are."""
     clips_per_s: PositiveFloat = 40.0
     """Rate by which `minutes` becomes steps, clips/s: what the machine at hand trains. It is a setting, and not
     measured, so that a run that is repeated has the same steps."""
+
+    @model_validator(mode="after")
+    def _seeds_are_those_of_the_runs(self) -> Self:
+        given = self.cross_validation.seeds
+        if given != CrossValidationSettings().seeds:
+            raise ValueError(
+                f"cross_validation.seeds={list(given)}: an encoder is fine-tuned with the seed that it was trained "
+                "with; leave it out, and set seeds"
+            )
+        return self

@@ -16,7 +16,15 @@ from beats_ray.config import ConfigError, EmbedConfig, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest, shards_fingerprint
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import check_published, map_shards, missing_shards, model_sha256, write_shard
+from beats_ray.inference import (
+    check_pool,
+    check_published,
+    map_shards,
+    missing_shards,
+    model_sha256,
+    row_group_spans,
+    write_shard,
+)
 from beats_ray.stage import first_difference
 
 RESULT_FILE = "embeddings.json"
@@ -26,13 +34,16 @@ SOURCE_FILE = "source.json"  # written first: what an unfinished DST belongs to
 def run_embed(config: EmbedConfig, console: Console) -> list[tuple[str, str]]:
     """Computes all embeddings and returns what was written and where; at once where DST is complete.
 
-    UserError for a model without an encoder, a layer that it does not have, and a DST of other settings.
+    UserError for a model without an encoder, a layer that it does not have, a DST of other settings, and a cluster
+    without room for the actors.
     """
     dataset, output, model = open_place(config.data.path), open_place(config.output), open_place(config.model)
     manifest = read_manifest(dataset)
     encoder = check_published(model, "model", ("encoder", "classifier"))["config"]["encoder"]
     if (config.layer or 0) > encoder["num_layers"]:
         raise ConfigError(f"layer={config.layer}: the encoder has {encoder['num_layers']} layers; choose at most that")
+    if not (output / RESULT_FILE).exists():
+        check_pool(row_group_spans(manifest, shards=missing_shards(manifest, output)), config)
     source = {
         "data": shards_fingerprint(manifest),
         "model": model_sha256(model),

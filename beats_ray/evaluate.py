@@ -4,8 +4,8 @@ An encoder is judged frozen: a linear classifier on its mean-pooled patch featur
 the data set's folds. A classifier, or several as an ensemble, is judged by its own predictions on `data.folds` and
 `data.splits` (all where none is named); its classes are matched with the data set's labels by name.
 
-    OUTPUT/evaluation.json      and the files of `judgement.py` for a classifier
-    OUTPUT/NAME/...             the same for each of several data sets, with all their figures in OUTPUT/evaluation.json
+    OUTPUT/evaluation.json      and `folds.csv` for an encoder, the files of `judgement.py` for a classifier
+    OUTPUT/NAME/...             the same for each of several data sets; all figures in OUTPUT/evaluation.json and .csv
 
 Clips are heard whole, or by windows (`windows.py`).
 """
@@ -23,14 +23,16 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.plan import SAMPLE_RATE_HZ
 from beats_ray.data.storage import Place, open_place
-from beats_ray.inference import ClipWorker, check_published, row_group_spans
-from beats_ray.judgement import RESULT_FILE, Predictions, judge, write_judgement
+from beats_ray.inference import ClipWorker, check_pool, check_published, row_group_spans
+from beats_ray.judgement import RESULT_FILE, Predictions, figure_rows, judge, write_csv, write_judgement
 from beats_ray.label_order import ClassOrder, match_classes, read_class_names, translate_ids
 from beats_ray.models import AudioClassifier
-from beats_ray.probe import probe_accuracy
+from beats_ray.probe import ProbeResult, probe_accuracy
+from beats_ray.scoring import binomial_error
 from beats_ray.train.provenance import count_overlap
 from beats_ray.windows import ByWindows
 
+FOLDS_FILE, TABLE_FILE = "folds.csv", "evaluation.csv"
 Written = list[tuple[str, str]]
 
 
@@ -69,10 +71,12 @@ class JudgedData:
 def run_evaluate(config: EvaluateConfig, console: Console) -> Written:
     """Judges the models on every data set and returns what was written and where.
 
-    UserError, before anything runs, for models or data sets that cannot be judged.
+    UserError, before anything runs, for models or data sets that cannot be judged, and a cluster that is too small.
     """
     models = _open_models(config)
     judged = _open_data(config, models)
+    for data in judged:
+        check_pool(row_group_spans(data.manifest, data.folds, data.splits), config)
     results: dict[str, Any] = {}
     written: Written = []
     for data in judged:
@@ -84,7 +88,9 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Written:
     if len(judged) > 1:
         summary = open_place(config.output) / RESULT_FILE
         summary.write_json({"models": [model.place.uri for model in models], "results": results})
-        written.append(("evaluation", summary.uri))
+        table = open_place(config.output) / TABLE_FILE
+        write_csv(table, figure_rows(results))
+        written += [("evaluation", summary.uri), ("evaluation, as a table", table.uri)]
     return written
 
 
@@ -138,7 +144,19 @@ def _probe(
     )
     result = {"kind": "encoder", "model": model.place.uri, "data": data.place.uri, **asdict(probe)}
     (data.output / RESULT_FILE).write_json(result)
-    return result, [("evaluation", (data.output / RESULT_FILE).uri)]
+    write_csv(data.output / FOLDS_FILE, fold_rows(probe))
+    return result, [
+        (name, (data.output / file).uri) for name, file in (("evaluation", RESULT_FILE), ("folds", FOLDS_FILE))
+    ]
+
+
+def fold_rows(probe: ProbeResult) -> list[list[object]]:
+    """Names of the columns, then a row for each fold."""
+    rows: list[list[object]] = [["fold", "clips", "accuracy", "standard_error"]]
+    for fold, accuracy in probe.fold_accuracies.items():
+        clips = probe.fold_clips[fold]
+        rows.append([fold, clips, accuracy, binomial_error(accuracy, clips)])
+    return rows
 
 
 def _score(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from beats_ray.config import StreamSettings, UserError
+from beats_ray.config import InferenceSettings, StreamSettings, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, Shard
 from beats_ray.data.plan import RowGroupRef
@@ -109,7 +109,7 @@ def map_clips(
     spans = row_group_spans(manifest) if row_groups is None else row_groups
     if not spans:
         return
-    num_workers = min(num_workers, sum(-(-span.clips // batch_clips) for span in spans))
+    num_workers = num_actors(spans, batch_clips, num_workers)
     check_actors(num_workers, use_gpu)
     # Any: Ray's hints of map_batches do not know generators with further arguments.
     graph: Any = ray.data.from_items(
@@ -187,6 +187,16 @@ def write_shard(output: Place, shard: Shard, rows: pa.Table) -> None:
             writer.write_table(rows.slice(first, group.clips), row_group_size=group.clips)
             first += group.clips
     (output / "shards" / shard.file).write_bytes(buffer.getvalue().to_pybytes())
+
+
+def num_actors(spans: Iterable[RowGroupSpan], batch_clips: int, num_workers: int) -> int:
+    """Actors that `map_clips` starts for these clips: no more than there are batches."""
+    return min(num_workers, sum(-(-span.clips // batch_clips) for span in spans))
+
+
+def check_pool(spans: Iterable[RowGroupSpan], settings: InferenceSettings) -> None:
+    """UserError where the cluster has not what `map_clips` needs for these clips: for a command, before it writes."""
+    check_actors(num_actors(spans, settings.batch_clips, settings.num_workers), settings.use_gpu)
 
 
 def check_actors(num_workers: int, use_gpu: bool, section: str = "") -> None:

@@ -10,7 +10,7 @@ FOLDER/predictions.parquet   clip_id, fold, labels, probabilities (all classes),
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ from beats_ray.scoring import (
 
 RESULT_FILE = "evaluation.json"
 SHOWN_CLASSES = 3
+SETTINGS = {"window_seconds", "hop_seconds"}
+"""Of a result, numbers that are no figures."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,22 @@ def write_csv(place: Place, rows: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([[_cell(value) for value in row] for row in rows])
     place.write_bytes(text.getvalue().encode())
+
+
+def figure_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[object]]:
+    """Names of the columns, then a row for each of several results by name: what was judged, and every figure.
+
+    Data with one label a clip and with several have different figures: what a result has not is None.
+    """
+    figures = dict.fromkeys(
+        name for result in results.values() for name, value in result.items()
+        if name not in SETTINGS and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
+    )  # fmt: skip
+    rows: list[list[object]] = [["name", "kind", "model", "data", *figures]]
+    for name, result in results.items():
+        models = ";".join(result.get("models") or [result["model"]])
+        rows.append([name, result["kind"], models, result["data"], *(result.get(figure) for figure in figures)])
+    return rows
 
 
 def per_class_rows(found: Predictions) -> list[list[object]]:

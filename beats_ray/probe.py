@@ -38,6 +38,8 @@ class ProbeResult:
     standard_error: float
     """Binomial, over clips: sqrt(accuracy (1 - accuracy) / clips)."""
     fold_accuracies: dict[str, float]
+    fold_clips: dict[str, int]
+    """Judged clips of each fold."""
     fold_standard_error: float
     """Standard deviation of the folds' accuracies, divided by the root of their number."""
     clips: int
@@ -85,6 +87,7 @@ def cross_validate(clips: LabelledClips, build_classifier: Callable[[], Any]) ->
         accuracy=accuracy,
         standard_error=binomial_error(accuracy, len(labels)),
         fold_accuracies=per_fold,
+        fold_clips={str(fold): int((folds == fold).sum()) for fold in names},
         fold_standard_error=float(np.std(list(per_fold.values()), ddof=1)) / math.sqrt(len(names)),
         clips=len(labels),
         chance=float(np.bincount(labels).max()) / len(labels),

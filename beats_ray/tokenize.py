@@ -18,10 +18,12 @@ from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_finge
 from beats_ray.data.storage import Place, open_place, read_table
 from beats_ray.inference import (
     TOKENIZER_KINDS,
+    check_pool,
     check_published,
     map_shards,
     missing_shards,
     model_sha256,
+    row_group_spans,
     write_shard,
 )
 from beats_ray.train.codebook_health import REMEDIES, is_collapsed
@@ -33,7 +35,7 @@ SOURCE_FILE = "source.json"  # written first: what an unfinished OUTPUT belongs 
 def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, str]]:
     """Computes all labels and returns what was written and where; at once where OUTPUT is complete.
 
-    UserError where OUTPUT holds labels of another data set or tokenizer.
+    UserError where OUTPUT holds labels of another data set or tokenizer, or the cluster has no room for the actors.
     """
     dataset, output, tokenizer = open_place(config.data.path), open_place(config.output), open_place(config.tokenizer)
     manifest = read_manifest(dataset)
@@ -44,6 +46,8 @@ def run_tokenize(config: TokenizeConfig, console: Console) -> list[tuple[str, st
             "holds one; pre-train without `labels`, which computes them on the fly"
         )
     num_codes = int(settings.get("num_codes") or settings["quantizer"]["num_codes"])
+    if not (output / RESULT_FILE).exists():
+        check_pool(row_group_spans(manifest, shards=missing_shards(manifest, output)), config)
     source = {"fingerprint": shards_fingerprint(manifest), "tokenizer_sha256": model_sha256(tokenizer)}
     _claim(output, source)
     written = [("labels", output.uri)]

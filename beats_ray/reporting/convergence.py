@@ -1,11 +1,12 @@
-"""The table of `beats-ray convergence`: what each encoder is worth, as means and standard errors over seeds.
+"""The tables of `beats-ray convergence`: what each encoder is worth, as means and standard errors over seeds.
 
 An encoder's gain is taken against the untrained encoder of its own seed, seed by seed, so that what a seed does to both
-drops out.
+drops out; so is a loss against its clip-band baseline.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from beats_ray.data.storage import Place
@@ -22,13 +23,38 @@ TRAINING_FIGURES = {
     "accuracy": "train/masked_accuracy",
     "clip-band accuracy": "train/clip_band_accuracy",
     "label perplexity": "labels/perplexity",
+    "used codes": "labels/used_code_fraction",
 }
 """Column of the table: metric."""
-Figures = dict[str, float]
+DIFFERENCES = {
+    "below clip-band": ("clip-band loss", "loss"),
+    "below clip-band, no silence": ("clip-band loss, no silence", "loss, no silence"),
+}
+"""Column of the table: the figures whose difference it is."""
+ACCURACIES = {
+    "probe": "probe",
+    "above untrained": "gain",
+    "fine-tuned": "finetuned",
+    "above untrained, fine-tuned": "finetuned_gain",
+}
+"""Column of the table: field of a row."""
+UNHEARD = "fold 1"
+"""Fold of the judged set that the corpus of jobs/fetch_corpus.py leaves out."""
+Figures = Mapping[str, float]
 
 
-def read_seed(arm: Place) -> dict[int, Figures]:
-    """Of one run of `iterate` and its probes: the figures of each iteration that was judged; empty before the first."""
+@dataclass(frozen=True)
+class JudgedEncoder:
+    """What is known of one encoder of one seed."""
+
+    figures: Figures
+    """Of the probe `probe` and `fold K`, `finetuned` where it was, and those of its training by their columns."""
+    labels: str = "-"
+    """Where the labels come from that it was trained to predict."""
+
+
+def read_seed(arm: Place) -> dict[int, JudgedEncoder]:
+    """Of one run of `iterate` and its probes: each iteration's encoder that was judged; empty before the first."""
     if not (arm / "run.json").exists():
         return {}
     found = {}
@@ -39,19 +65,23 @@ def read_seed(arm: Place) -> dict[int, Figures]:
             continue
         figures = {"probe": float(probe["accuracy"])}
         figures |= {f"fold {fold}": float(value) for fold, value in probe["fold_accuracies"].items()}
+        figures |= _finetuned(arm / f"finetuned-{index}")
         training = stages["pretrain"]
         for name, metric in TRAINING_FIGURES.items():
             tail = tail_mean(training.series(metric))
             if tail is not None:
                 figures[name] = tail
-        found[index] = figures
+        for name, (baseline, own) in DIFFERENCES.items():
+            if baseline in figures and own in figures:
+                figures[name] = figures[baseline] - figures[own]
+        found[index] = JudgedEncoder(figures, stages["tokenizer"].teacher.removeprefix("none: ") if index else "-")
     return found
 
 
 def summary_rows(
-    baselines: Mapping[str, Any], seeds: Mapping[int, Mapping[str, Mapping[int, Figures]]]
+    baselines: Mapping[str, Any], seeds: Mapping[int, Mapping[str, Mapping[int, JudgedEncoder]]]
 ) -> list[dict[str, Any]]:
-    """Rows of the table: baselines, the untrained encoder, each iteration, and iteration 1 with compact positions.
+    """Rows of the tables: baselines, the untrained encoder, each iteration, and iteration 1 with compact positions.
 
     seeds: by seed and positions, what `read_seed` found. Each figure is {"mean", "standard_error", "seeds", "text"}.
     """
@@ -61,24 +91,34 @@ def summary_rows(
         accuracy = number(result.get("accuracy"))
         if accuracy is not None:
             folds = {f"fold {fold}": spread([value]) for fold, value in result.get("fold_accuracies", {}).items()}
-            rows.append({"name": name, "probe": spread([accuracy]), "gain": spread([]), "training": folds})
+            row = {"name": name, "labels": "-", "training": folds}
+            rows.append(row | {field: spread([]) for field in ACCURACIES.values()} | {"probe": spread([accuracy])})
     for positions in ("true", "compact"):
-        runs = [arms[positions] for arms in seeds.values() if arms.get(positions)]
-        for index in sorted({index for run in runs for index in run}):
+        runs = [(arms[positions], _untrained(arms)) for arms in seeds.values() if arms.get(positions)]
+        for index in sorted({index for run, _ in runs for index in run}):
             if positions == "compact" and index == 0:
                 continue  # an untrained encoder has the same weights, and sees all patches
-            rows.append(_row(_name(index, positions), index, runs))
+            judged = [(run[index], untrained) for run, untrained in runs if index in run]
+            rows.append({"name": _name(index, positions), **_row(judged, is_untrained=index == 0)})
     return rows
 
 
-def summary_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    columns = ["encoder", "seeds", "probe", "above untrained", "unheard fold 1", *TRAINING_FIGURES]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+def summary_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as two Markdown tables: what the encoders are worth, and what their pre-training said."""
+    training = [*TRAINING_FIGURES, *DIFFERENCES]
+    judged = []
     for row in rows:
-        training = [row["training"].get(name, spread([]))["text"] for name in ("fold 1", *TRAINING_FIGURES)]
-        lines.append([row["name"], str(row["probe"]["seeds"]), row["probe"]["text"], row["gain"]["text"], *training])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        accuracies = [row[field]["text"] for field in ACCURACIES.values()]
+        judged.append([row["name"], str(row["probe"]["seeds"]), *accuracies, _text(row, UNHEARD)])
+    trained = [
+        [row["name"], row["labels"], *(_text(row, name) for name in training)]
+        for row in rows
+        if row["training"].keys() & set(training)
+    ]
+    tables = [_table(["encoder", "seeds", *ACCURACIES, f"unheard {UNHEARD}"], judged)]
+    if trained:
+        tables.append(_table(["encoder", "labels", *training], trained))
+    return "\n".join(tables)
 
 
 def spread(values: Sequence[float], signed: bool = False) -> dict[str, Any]:
@@ -104,18 +144,53 @@ def tail_mean(points: Sequence[tuple[float, float]]) -> float | None:
     return math.fsum(tail) / len(tail)
 
 
-def _row(name: str, index: int, runs: Sequence[Mapping[int, Figures]]) -> dict[str, Any]:
-    judged = [run for run in runs if index in run]
-    gains = [run[index]["probe"] - run[0]["probe"] for run in judged if 0 in run] if index else []
-    names = {figure for run in judged for figure in run[index]} - {"probe"}
+def _finetuned(place: Place) -> dict[str, float]:
+    """The accuracy of the fine-tuned encoder over all folds, where it has come so far."""
+    try:
+        (encoder,) = (place / "cross_validation.json").read_json()["encoders"].values()
+    except FileNotFoundError:
+        return {}
+    return {"finetuned": float(encoder["accuracy"])}
+
+
+def _untrained(arms: Mapping[str, Mapping[int, JudgedEncoder]]) -> Figures:
+    """Of a seed's untrained encoder: the same for all positions, so that only one of them need be fine-tuned."""
+    found: dict[str, float] = {}
+    for positions in ("compact", "true"):
+        encoder = arms.get(positions, {}).get(0)
+        found |= encoder.figures if encoder else {}
+    return found
+
+
+def _row(judged: Sequence[tuple[JudgedEncoder, Figures]], is_untrained: bool) -> dict[str, Any]:
+    """judged: an encoder of each seed beside that seed's untrained one."""
+
+    def of(figure: str) -> dict[str, Any]:
+        values = [one.figures[figure] for one, _ in judged if figure in one.figures]
+        return spread(values, signed=figure in DIFFERENCES)
+
+    def gain(figure: str) -> dict[str, Any]:
+        pairs = [(one.figures.get(figure), untrained.get(figure)) for one, untrained in judged if not is_untrained]
+        return spread([a - b for a, b in pairs if a is not None and b is not None], signed=True)
+
+    names = {figure for one, _ in judged for figure in one.figures} - {"probe", "finetuned"}
     return {
-        "name": name,
-        "probe": spread([run[index]["probe"] for run in judged]),
-        "gain": spread(gains, signed=True),
-        "training": {
-            figure: spread([run[index][figure] for run in judged if figure in run[index]]) for figure in sorted(names)
-        },
+        "labels": ", ".join(sorted({one.labels for one, _ in judged})),
+        "probe": of("probe"),
+        "gain": gain("probe"),
+        "finetuned": of("finetuned"),
+        "finetuned_gain": gain("finetuned"),
+        "training": {name: of(name) for name in sorted(names)},
     }
+
+
+def _text(row: Mapping[str, Any], figure: str) -> str:
+    return str(row["training"].get(figure, spread([]))["text"])
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _name(index: int, positions: str) -> str:

@@ -1,5 +1,6 @@
 """Cross-validation and evaluation of classifiers on a real cluster: real fine-tuning runs, resumed, ensembled."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ def test_several_data_sets_have_a_result_each_and_known_clips_are_warned_of(work
     for name in ("data", "other"):
         assert read_json(work / "judged" / name / "evaluation.json") == results[name]
         assert results[name]["clips"] == 6
+    rows = list(csv.DictReader((work / "judged" / "evaluation.csv").open()))
+    assert [(row["name"], row["clips"], float(row["accuracy"])) for row in rows] == [
+        (name, "6", pytest.approx(results[name]["accuracy"], abs=1e-6)) for name in ("data", "other")
+    ]
     assert results["data"]["known_clips"]["training"] == 6
     assert results["other"]["known_clips"]["training"] == 0
 

@@ -11,13 +11,27 @@ import torch
 
 from beats_ray.baselines import clip_band_baseline, mfcc_statistics
 from beats_ray.clip_table import ClipTable, PooledFeatures, mean_over_patches
-from beats_ray.config import UserError
-from beats_ray.evaluate import Logits
-from beats_ray.inference import pad_clips
-from beats_ray.models import AudioClassifier, BeatsEncoder, ClassifierConfig, encoder_config, save_model
+from beats_ray.config import EmbedConfig, EvaluateConfig, TokenizeConfig, UserError, replace, validate
+from beats_ray.console import Console
+from beats_ray.data.manifest import read_manifest
+from beats_ray.data.storage import Place, open_place
+from beats_ray.embed import run_embed
+from beats_ray.evaluate import Logits, fold_rows, run_evaluate
+from beats_ray.inference import check_pool, pad_clips, row_group_spans
+from beats_ray.judgement import figure_rows
+from beats_ray.models import (
+    AudioClassifier,
+    BeatsEncoder,
+    ClassifierConfig,
+    RandomProjectionConfig,
+    RandomProjectionTokenizer,
+    encoder_config,
+    save_model,
+)
 from beats_ray.predict import predict_wave, run_predict, split_windows
 from beats_ray.probe import LabelledClips, cross_validate, probe_accuracy
-from beats_ray.tokenize import code_usage
+from beats_ray.tokenize import code_usage, run_tokenize
+from tests.support.prepared import write_dataset
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +41,16 @@ CODES = 16
 def clips(labels: list[int], features: np.ndarray, folds: list[int]) -> LabelledClips:
     names = [f"clip-{index}" for index in range(len(labels))]
     return LabelledClips(names, features, np.array(labels), np.array(folds))
+
+
+class Constant:
+    """Names label 1 whatever it was trained on."""
+
+    def fit(self, *_: np.ndarray) -> "Constant":
+        return self
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return np.ones(len(features))
 
 
 class MemorisingClassifier:
@@ -85,6 +109,89 @@ def test_clips_outside_all_folds_are_neither_trained_on_nor_judged() -> None:
 def test_data_that_cannot_be_probed_is_the_users_mistake(labels: list[int], folds: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         probe_accuracy(clips(labels, np.zeros((4, 2)), folds))
+
+
+def test_the_table_of_folds_has_each_with_its_own_error() -> None:
+    labels, folds = [0, 1, 1, 1, 0, 1, 1, 1, 1], [1] * 4 + [2] * 5
+    rows = fold_rows(cross_validate(clips(labels, np.arange(9.0)[:, None], folds), Constant))
+    assert rows[0] == ["fold", "clips", "accuracy", "standard_error"]
+    assert rows[1] == ["1", 4, 0.75, pytest.approx(math.sqrt(0.75 * 0.25 / 4))]
+    assert rows[2] == ["2", 5, 0.8, pytest.approx(math.sqrt(0.8 * 0.2 / 5))]
+
+
+def test_the_table_of_several_data_sets_has_every_figure_and_leaves_open_what_one_has_not() -> None:
+    one = {"kind": "classifier", "model": "m", "models": ["m", "n"], "data": "d", "folds": [1], "window_seconds": 2.0}
+    other = {"kind": "classifier", "model": "m", "models": ["m", "n"], "data": "e", "splits": []}
+    results = {
+        "first": one | {"clips": 4, "accuracy": 0.5, "d_prime": None},
+        "second": other | {"clips": 6, "mean_average_precision": 0.25},
+    }
+    assert figure_rows(results) == [
+        ["name", "kind", "model", "data", "clips", "accuracy", "d_prime", "mean_average_precision"],
+        ["first", "classifier", "m;n", "d", 4, 0.5, None, None],
+        ["second", "classifier", "m;n", "e", 6, None, None, 0.25],
+    ]
+    probe = {"kind": "encoder", "model": "m", "data": "d", "accuracy": 1.0, "correct": "11", "fold_accuracies": {}}
+    assert figure_rows({"d": probe}) == [["name", "kind", "model", "data", "accuracy"], ["d", "encoder", "m", "d", 1.0]]
+
+
+def test_an_encoder_on_two_data_sets_leaves_the_tables_of_each_and_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        write_dataset(tmp_path / name, ("a", "b"))
+    labels, folds = [[0], [1]] * 6, np.repeat([1, 2, 3], 4)
+
+    def collect(dataset: Place, *_: object, **__: object) -> ClipTable:
+        features = np.array(labels, float) if dataset.name == "one" else np.zeros((12, 1))
+        return ClipTable([str(clip) for clip in range(12)], {"features": features}, labels, folds)
+
+    monkeypatch.setattr("beats_ray.evaluate.collect_clips", collect)
+    model = save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), tmp_path / "m")
+    fields = {"output": f"{tmp_path}/out", "model": str(model), "data": {"path": f"{tmp_path}/one"}}
+    written = run_evaluate(validate(EvaluateConfig, fields | {"also": [f"{tmp_path}/two"]}), Console())
+    assert {Path(place).relative_to(tmp_path / "out").as_posix() for _, place in written} == {
+        "one/evaluation.json", "one/folds.csv", "two/evaluation.json", "two/folds.csv", "evaluation.json",
+        "evaluation.csv",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "one" / "folds.csv").read_text().splitlines()[1:] == [
+        f"{fold},4,1.000000,0.000000" for fold in (1, 2, 3)
+    ]
+    header, first, second = ((tmp_path / "out" / "evaluation.csv").read_text()).splitlines()
+    assert header.startswith("name,kind,model,data,accuracy,standard_error")
+    assert first.startswith(f"one,encoder,{model},{tmp_path}/one,1.000000,0.000000")
+    assert second.startswith(f"two,encoder,{model},{tmp_path}/two,0.500000,")
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tokenize", "embed"])
+def test_actors_without_room_are_told_before_anything_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "data", ("a",))
+    fields = {"output": f"{tmp_path}/out", "data": {"path": f"{tmp_path}/data"}, "batch_clips": 4, "num_workers": 9}
+    if command == "tokenize":
+        tokenizer = RandomProjectionTokenizer(RandomProjectionConfig(num_codes=8))
+        config, run = (
+            validate(TokenizeConfig, fields | {"tokenizer": str(save_model(tokenizer, tmp_path / "m"))}),
+            run_tokenize,
+        )
+    else:
+        encoder = str(save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), tmp_path / "m"))
+        kind, run = (EvaluateConfig, run_evaluate) if command == "evaluate" else (EmbedConfig, run_embed)
+        config = validate(kind, fields | {"model": encoder})
+    if isinstance(config, EvaluateConfig):  # the first of two data sets would have room: a batch of four clips
+        config = replace(config, {"data.folds": (1,), "also": [fields["data"]]})
+        monkeypatch.setattr("beats_ray.evaluate.collect_clips", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(UserError, match=r"num_workers=9 needs 9.5 CPUs, the cluster has 4"):
+        run(config, Console())
+    assert not (tmp_path / "out").exists()
+    asked = row_group_spans(read_manifest(open_place(f"{tmp_path}/data")), folds=(1,))
+    check_pool(asked, config)  # four clips are one batch
 
 
 # --- features and scores ----------------------------------------------------------------------------------------------

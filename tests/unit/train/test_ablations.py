@@ -174,6 +174,7 @@ def test_every_switch_is_a_key_and_off_by_default() -> None:
         "pretrain.encoder.positions": "true",
         "pretrain.encoder.overrides.relative_bias_2d": False,
         "pretrain.predictor.num_layers": 3,
+        "pretrain.predictor.mask_vector": "zero",
         "pretrain.predictor.label_smoothing": 0.0,
         "random_projection.num_codes": 1024,
         "random_projection.code_dim": 256,
