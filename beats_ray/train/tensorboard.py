@@ -29,9 +29,8 @@ class TensorBoardLogger:
         self._place = place
         self._folder = tempfile.TemporaryDirectory(prefix="beats-ray-tensorboard-")
         # Reports that an attempt wrote beyond the checkpoint that this one starts from are hidden.
-        purge_step = resumed_step + 1 if resumed_step else None
         self._writer: Any = SummaryWriter(
-            self._folder.name, filename_suffix=f".step{resumed_step}", purge_step=purge_step
+            self._folder.name, filename_suffix=f".step{resumed_step}", purge_step=resumed_step + 1
         )
         self._has_session = bool(hyperparameters)
         if hyperparameters:
@@ -47,12 +46,13 @@ class TensorBoardLogger:
         self._place.upload(Path(self._folder.name))
 
     def close(self, complete: bool = True) -> None:
-        if complete:  # what a failed run reported beyond its checkpoint is reported again by the one that goes on
-            if self._has_session:
+        try:
+            if complete and self._has_session:
                 self._end_session()
-            self.flush()
-        self._writer.close()
-        self._folder.cleanup()
+            self.flush()  # a trial that the scheduler ends has made no checkpoint, and is looked at all the same
+        finally:
+            self._writer.close()
+            self._folder.cleanup()
 
     def _begin_session(self, run_name: str, hyperparameters: dict[str, Any]) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
