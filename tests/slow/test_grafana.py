@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 from support.dashboards import GRAFANA, NEEDS_GPU, ROOT, metrics_in, panel_queries, rules
+from support.hparams import hparam_rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,6 +81,15 @@ def test_every_query_of_the_dashboards_and_every_rule_gets_a_series_from_real_ru
                 assert not missing, f"{missing}\n{log.read_text(errors='replace')[-3000:]}"
                 misspelt = server.values("max(ray_beats_ray_trian_loss)")
                 assert not misspelt, "a query that nobody serves would pass too"
+            board = json.loads((tmp_path / "run" / "sweep" / "leaderboard.json").read_text())
+            trials = {f"sweep/trials/{row['trial_id']}": row for row in board["trials"]}
+            rows = hparam_rows(tmp_path / "run")
+            assert rows.keys() == {*trials, f"{tmp_path.name}/run/pretrain"}, "as many as there are runs"
+            for name, row in trials.items():
+                hyperparameters, metrics, _ = rows[name]
+                for setting, value in row["config"].items():
+                    assert hyperparameters[setting].number_value == pytest.approx(value)
+                assert metrics["validation/accuracy"][1] == pytest.approx(row["validation_accuracy"])
         finally:
             assert runs.stdin is not None
             runs.stdin.close()  # which it waits for

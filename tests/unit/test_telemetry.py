@@ -119,6 +119,21 @@ def test_every_way_of_decoding_counts_clips_and_their_seconds(exported: Values) 
         assert by_label(exported, "beats_ray_data_decoded_audio_seconds") == {"": 1.5 * number}
 
 
+def test_prepare_exports_how_far_it_is_and_what_it_put_aside(exported: Values) -> None:
+    from beats_ray.data.prepare import _Progress
+    from beats_ray.data.storage import open_place
+
+    told: list[tuple[int, int]] = []
+    listing: Any = SimpleNamespace(num_files=10, quarantined=["unreadable"])
+    progress = _Progress(open_place("s3://bucket/data/set"), listing, lambda *files: told.append(files))
+    progress.add()
+    done: Any = SimpleNamespace(num_files=3, quarantined=["silent", "short"])
+    progress.add(done, done)
+    assert told == [(1, 10), (7, 10)]
+    for name, files in (("source", 10), ("done", 7), ("quarantined", 5)):
+        assert by_label(exported, f"beats_ray_prepare_{name}_files") == {"bucket/data/set": files}
+
+
 # --- a sweep ----------------------------------------------------------------------------------------------------------
 
 
