@@ -78,6 +78,11 @@ def test_outside_a_cluster_nothing_happens_and_ray_is_not_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_nothing_to_count_is_no_count(exported: Values) -> None:
+    telemetry.DECODED_CLIPS.add(0)  # Ray would raise
+    assert exported == {}
+
+
 def test_a_process_that_joins_another_cluster_makes_its_metrics_anew(
     exported: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
