@@ -5,7 +5,6 @@ Debian's package `prometheus` has both programs: `apt-get install --no-install-r
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -109,8 +108,8 @@ class Server:
     def values(self, query: str) -> list[float]:
         """The newest number of each series that the query has had since the server was started."""
         found = self._get("query_range", query=query, start=self._began, end=time.time(), step=3)
-        newest = [float(series["values"][-1][1]) for series in found["result"]]
-        return [value for value in newest if not math.isnan(value)]
+        numbers = [[float(text) for _, text in series["values"] if text != "NaN"] for series in found["result"]]
+        return [series[-1] for series in numbers if series]
 
     def rules(self) -> list[dict[str, Any]]:
         """The rules as the server evaluates them."""
