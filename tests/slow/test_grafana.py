@@ -194,13 +194,13 @@ def run_everything(folder: Path, ray_folder: str) -> None:
     from beats_ray.train.jobs import run_pretrain
     from beats_ray.tune.sweep import run_sweep
 
-    make_sample_set(folder / "clips", num_clips=100, clip_seconds=1.0)
+    make_sample_set(folder / "clips", num_clips=50, clip_seconds=1.0)
     next(iter((folder / "clips" / "audio").glob("*.wav"))).write_bytes(b"RIFF no audio")
     save_model(RandomProjectionTokenizer(), folder / "tokenizer")
     tiny = {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}
     save_model(BeatsEncoder(encoder_config("tiny", **tiny)), folder / "encoder")
     ray.init(
-        address="local", num_cpus=8, object_store_memory=300 * 2**20, include_dashboard=True, dashboard_port=0,
+        address="local", num_cpus=6, object_store_memory=300 * 2**20, include_dashboard=True, dashboard_port=0,
         log_to_driver=False, _temp_dir=ray_folder,
     )  # fmt: skip
     console = Console()
@@ -210,13 +210,13 @@ def run_everything(folder: Path, ray_folder: str) -> None:
     )
     pretraining = [
         f"data.path={data}", f"output={folder}/run/pretrain", f"tokenizer={folder}/tokenizer", "encoder.preset=tiny",
-        f"encoder.overrides={json.dumps(tiny)}", "predictor.num_layers=1", "train.steps=150", "train.num_workers=2",
-        "train.checkpoint_every_steps=50",
+        f"encoder.overrides={json.dumps(tiny)}", "predictor.num_layers=1", "train.steps=60", "train.num_workers=2",
+        "train.checkpoint_every_steps=30",
     ]  # fmt: skip
     run_pretrain(load_config(PretrainConfig, None, [*SMALL, *pretraining]), console)
     trials = [name.replace("train.", "finetune.train.", 1) for name in SMALL]
     sweep = [
-        f"data.path={data}", f"output={folder}/run/sweep", f"encoder={folder}/encoder", "finetune.train.steps=60",
+        f"data.path={data}", f"output={folder}/run/sweep", f"encoder={folder}/encoder", "finetune.train.steps=30",
         "finetune.validate_every_steps=5", "sweep.num_trials=3",
     ]  # fmt: skip
     run_sweep(load_config(SweepConfig, None, [*trials, *sweep]), console)
