@@ -132,7 +132,7 @@ def _new_tuner(config: SweepConfig, manifest: DatasetManifest, trainable: Any, f
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from beats_ray.tune.exported import sweep_callbacks
+    from beats_ray.tune.gauges import sweep_callbacks
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings, steps = config.sweep, config.finetune.train.steps

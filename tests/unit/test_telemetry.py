@@ -150,7 +150,7 @@ def trial(status: str, step: int = 0, best: float | None = None) -> Any:
 
 
 def test_a_sweep_exports_trials_by_state_and_its_best_value(exported: Values) -> None:
-    from beats_ray.tune.exported import STATES, SweepGauges
+    from beats_ray.tune.gauges import STATES, SweepGauges
 
     gauges = SweepGauges("first/sweep", "validation/accuracy", steps=100)
     gauges.on_step_end(1, [trial("PENDING"), trial("RUNNING", 10)])
@@ -170,7 +170,7 @@ def test_tune_writes_its_tables_and_no_tensorboard_files_of_its_own() -> None:
     from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, TBXLoggerCallback
     from ray.tune.utils.callback import _create_default_callbacks
 
-    from beats_ray.tune.exported import NoTuneTensorBoard, SweepGauges, sweep_callbacks
+    from beats_ray.tune.gauges import NoTuneTensorBoard, SweepGauges, sweep_callbacks
 
     made = _create_default_callbacks(sweep_callbacks("s", "validation/accuracy", 10))
     assert {type(callback) for callback in made} >= {SweepGauges, JsonLoggerCallback, CSVLoggerCallback}
