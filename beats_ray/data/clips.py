@@ -21,6 +21,7 @@ from beats_ray.data.plan import (
     patch_labels_in,
 )
 from beats_ray.errors import UserError
+from beats_ray.telemetry import DECODED_CLIPS, DECODED_SECONDS
 
 NO_PATCH_LABEL = -1
 
@@ -149,7 +150,9 @@ def stored_clips(rows: pa.Table) -> list[StoredClip]:
 
 def decode_clips(rows: pa.Table) -> list[Clip]:
     """The clips of shard rows. UserError that names the clip where its audio is not what the shard says."""
-    return [clip.decode() for clip in stored_clips(rows)]
+    clips = [clip.decode() for clip in stored_clips(rows)]
+    _count_decoded(rows)
+    return clips
 
 
 def example_decoder(
@@ -166,6 +169,7 @@ def example_decoder(
         order_B = np.arange(rows.num_rows) if deal is None else dealt_order(rows.num_rows, *deal)
         clips, positions_B = stored_clips(rows), rows.column("position").to_numpy()
         columns = make_examples([clips[row] for row in order_B], positions_B[order_B], spec)
+        _count_decoded(rows)
         seconds = (time.perf_counter() - begun) / max(1, rows.num_rows)
         costs = {"decode_seconds": np.full(rows.num_rows, seconds, np.float32)}
         return columns | costs | {"read_seconds": rows.column("read_seconds").to_numpy()[order_B]}
@@ -187,6 +191,11 @@ def decode_whole_clips(rows: pa.Table) -> pa.Table:
     values = np.concatenate(waves) if waves else np.zeros(0, np.int16)
     wave = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values, pa.int16()))
     return rows.drop_columns(["audio"]).append_column("wave", wave)
+
+
+def _count_decoded(rows: pa.Table) -> None:
+    DECODED_CLIPS.add(rows.num_rows)
+    DECODED_SECONDS.add(float(rows.column("num_samples").to_numpy().sum()) / SAMPLE_RATE_HZ)
 
 
 def _set_targets(targets_C: np.ndarray, clip: Clip | StoredClip) -> None:

@@ -51,6 +51,7 @@ from beats_ray.data.source import (
     undecodable_files,
 )
 from beats_ray.data.storage import Place, StorageError, existing_place, open_place, with_retries, write_table
+from beats_ray.telemetry import DONE_FILES, QUARANTINED_FILES, SOURCE_FILES, run_name
 
 READERS: dict[str, Reader] = {
     "esc50": in_zip_too(read_esc50),
@@ -103,12 +104,11 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     plans = plan_shards(config, insist(lambda: source_root(source)), output, listing.clips)
     results = _finished_shards(plans)
     insist((output / "dataset.json").delete)  # of a set that has lost a shard: it is none until it is whole again
-    done = len(listing.quarantined) + sum(result.num_files for result in results.values())
-    on_progress(done, listing.num_files)
+    progress = _Progress(output, listing, on_progress)
+    progress.add(*results.values())
     for index, result in _run_on_ray({index: plan for index, plan in enumerate(plans) if index not in results}):
         results[index] = result
-        done += result.num_files
-        on_progress(done, listing.num_files)
+        progress.add(result)
     ordered = [results[index] for index in range(len(plans))]
     quarantined = listing.quarantined + [bad for result in ordered for bad in result.quarantined]
     insist(lambda: _check_quarantine(config, output, listing.num_files, quarantined))
@@ -116,6 +116,24 @@ def prepare(config: PrepareConfig, on_progress: Callable[[int, int], None]) -> D
     lists = {"quarantine": quarantined, "skipped": listing.skipped, "missing": listing.missing}
     insist(lambda: _publish(output, manifest, plans, lists))
     return manifest
+
+
+class _Progress:
+    """Counts source files and tells the caller and Prometheus."""
+
+    def __init__(self, output: Place, listing: SourceListing, on_progress: Callable[[int, int], None]) -> None:
+        self._dataset = run_name(output.uri)
+        self._total = listing.num_files
+        self._done = self._bad = len(listing.quarantined)
+        self._on_progress = on_progress
+
+    def add(self, *results: ShardResult) -> None:
+        """Shards that are done."""
+        self._done += sum(result.num_files for result in results)
+        self._bad += sum(len(result.quarantined) for result in results)
+        for metric, files in ((SOURCE_FILES, self._total), (DONE_FILES, self._done), (QUARANTINED_FILES, self._bad)):
+            metric.set(files, dataset=self._dataset)
+        self._on_progress(self._done, self._total)
 
 
 def _publish(

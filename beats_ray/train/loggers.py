@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import queue
-import re
 import tempfile
 import threading
 import time
@@ -24,6 +23,8 @@ from pydantic import BaseModel
 
 from beats_ray.config import LoggerName, UserError
 from beats_ray.data.storage import Place
+from beats_ray.telemetry import RUN_ACTIVE, prometheus_name
+from beats_ray.train.tensorboard import TensorBoardLogger
 
 MAX_WAITING = 1000
 """Reports that wait for a server before further ones are dropped."""
@@ -89,8 +90,8 @@ def build_loggers(
     `resumed_step` > 0 MLflow and W&B continue the run of that id; at 0 it begins anew there.
     """
     build: dict[LoggerName, Callable[[], Logger]] = {
-        "tensorboard": lambda: TensorBoardLogger(output / "tensorboard", resumed_step),
-        "prometheus": lambda: PrometheusLogger(run_name),
+        "tensorboard": lambda: TensorBoardLogger(output / "tensorboard", resumed_step, run_name, hyperparameters),
+        "prometheus": lambda: PrometheusLogger(run_name, resumed_step),
         "mlflow": lambda: BackgroundLogger("mlflow", MlflowLogger(run_name, run_id, hyperparameters, resumed_step)),
         "wandb": lambda: BackgroundLogger(
             "wandb", WandbLogger(output / "wandb", run_name, run_id, hyperparameters, resumed_step)
@@ -104,46 +105,19 @@ def flat_settings(config: BaseModel) -> dict[str, Any]:
     return dict(_flat(config.model_dump(mode="json"), ""))
 
 
-class TensorBoardLogger:
-    """TensorBoard files, collected in a local folder and uploaded to `place` by `flush`: storage cannot append."""
-
-    def __init__(self, place: Place, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # tensorboardX's flush leaves out what its queue still holds
-
-        self._place = place
-        self._folder = tempfile.TemporaryDirectory(prefix="beats-ray-tensorboard-")
-        # Reports that an attempt wrote beyond the checkpoint that this one starts from are hidden.
-        purge_step = resumed_step + 1 if resumed_step else None
-        self._writer: Any = SummaryWriter(
-            self._folder.name, filename_suffix=f".step{resumed_step}", purge_step=purge_step
-        )
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if "/" in name:
-                self._writer.add_scalar(name, value, record["step"])
-
-    def flush(self) -> None:
-        self._writer.flush()
-        self._place.upload(Path(self._folder.name))
-
-    def close(self, complete: bool = True) -> None:
-        if complete:  # what a failed run reported beyond its checkpoint is reported again by the one that goes on
-            self.flush()
-        self._writer.close()
-        self._folder.cleanup()
-
-
 class PrometheusLogger:
-    """The newest value of every metric as a gauge with the tag `run`, which Ray exports on each node's metrics port.
+    """The newest value of every metric as a gauge with the label `run`, which Ray exports on each node's metrics port.
 
-    Ray puts `ray_` before the name: `train/loss` is scraped as `ray_beats_ray_train_loss`. In a process outside Ray the
-    gauges can be set all the same and lead nowhere.
+    Ray puts `ray_` before the name: `train/loss` is scraped as `ray_beats_ray_train_loss`. `run/active` and `step` are
+    there before the first report, so that a run that never makes one is seen too. In a process outside Ray the gauges
+    can be set all the same and lead nowhere.
     """
 
-    def __init__(self, run_name: str) -> None:
+    def __init__(self, run_name: str, resumed_step: int = 0) -> None:
         self._run_name = run_name
         self._gauges: dict[str, Any] = {}
+        RUN_ACTIVE.set(1, run=run_name)
+        self.write({"step": resumed_step})
 
     def write(self, record: dict[str, Any]) -> None:
         from ray.util.metrics import Gauge
@@ -158,11 +132,7 @@ class PrometheusLogger:
 
     def close(self, complete: bool = True) -> None:
         """The last values stay until the process ends."""
-
-
-def prometheus_name(name: str) -> str:
-    """`train/loss` -> `beats_ray_train_loss`; whatever Prometheus does not allow becomes `_`."""
-    return "beats_ray_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+        RUN_ACTIVE.set(0, run=self._run_name)
 
 
 class BackgroundLogger:

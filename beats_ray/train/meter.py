@@ -53,10 +53,19 @@ class Meter:
             "train/learning_rate": learning_rate(step - 1, self._settings),
             "train/grad_norm": engine.grad_norm(),
             "perf/clips_per_s": (step - self._last_step) * self._settings.global_batch_size / seconds,
+            **self._cost(now - self._started),
         }
         metrics |= self._device_metrics(metrics["perf/clips_per_s"])
         self._last_step, self._last_time, self._wait_seconds = step, now, 0.0
         return metrics
+
+    def _cost(self, seconds: float) -> dict[str, float]:
+        """What the workers have reserved of the cluster while they trained."""
+        worker_seconds = self._context.world_size * seconds
+        return {
+            "cost/cpu_seconds": worker_seconds * self._settings.cpus_per_worker,
+            "cost/gpu_seconds": worker_seconds * self._settings.use_gpu,
+        }
 
     def _device_metrics(self, clips_per_s: float) -> dict[str, float]:
         """Model FLOPs over the device's peak, without what is computed twice, and the memory held at most."""

@@ -40,6 +40,8 @@ MetricSums = dict[str, tuple[Tensor, Tensor] | Tensor | RankedScores]
 scores, of which the metric is the mean average precision over all clips."""
 
 CODE_COUNTS = "/code_counts"
+GOES_ON = ("seconds", "cost/cpu_seconds", "cost/gpu_seconds")
+"""Metrics that a process counts from zero and a run counts over all its attempts."""
 
 
 class MetricMeans:
@@ -108,7 +110,7 @@ class MetricsLog:
     """Rank 0's record of a run: `metrics.jsonl`, a small `progress.json` for whoever watches, and the loggers.
 
     `progress.json` is replaced at every report, in the background; `metrics.jsonl` is written by `flush` (at
-    checkpoints and at the end), since object storage cannot append. `seconds` goes on over resumptions.
+    checkpoints and at the end), since object storage cannot append. Time and cost go on over resumptions.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class MetricsLog:
         self._output = output
         earlier = with_retries(partial(read_metrics, output), retry_seconds)
         self._records = [record for record in earlier if record["step"] <= resumed_step]
-        self._seconds_before = self._records[-1].get("seconds", 0.0) if self._records else 0.0
+        self._before = {name: self.newest.get(name, 0.0) for name in GOES_ON}
         self._loggers = [TensorBoardLogger(output / "tensorboard", resumed_step)] if loggers is None else list(loggers)
         self._publisher: threading.Thread | None = None
 
@@ -142,8 +144,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one report; `record["step"]` is its place on the x axis."""
-        if "seconds" in record:
-            record = record | {"seconds": self._seconds_before + record["seconds"]}
+        record = record | {name: self._before[name] + record[name] for name in GOES_ON if name in record}
         record = record | count_collapsed_steps(record, self._records[-1] if self._records else None)
         self._records.append(record)
         for logger in self._loggers:

@@ -12,6 +12,7 @@ from beats_ray.data.parts import ClipPart, count_clips
 from beats_ray.data.storage import open_place, with_retries
 from beats_ray.inference import load_published
 from beats_ray.models import describe_model
+from beats_ray.telemetry import run_name
 from beats_ray.train.checks import training_part
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
 from beats_ray.train.faults import explained
@@ -51,8 +52,8 @@ def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
 
 def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:
     identity = fingerprint(run.identity | {"output": run.output.uri})
-    name = "/".join(run.output.uri.rstrip("/").rsplit("/", 2)[-2:])
-    return build_loggers(run.train.loggers, run.output, name, identity, flat_settings(run.config), resumed_step)
+    name, settings = run_name(run.output.uri), flat_settings(run.config)
+    return build_loggers(run.train.loggers, run.output, name, identity, settings, resumed_step)
 
 
 def _build_seeded(run: Run) -> tuple[Task, dict[str, Any]]:

@@ -26,6 +26,7 @@ from beats_ray.data.storage import Place, open_place
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.inference import check_published
 from beats_ray.stage import is_complete, run_stage
+from beats_ray.telemetry import run_name
 from beats_ray.train.checks import check_folds
 from beats_ray.train.held_out import clips_in, find_parts
 from beats_ray.train.jobs import Run, Written, load_cache
@@ -131,6 +132,8 @@ def _new_tuner(config: SweepConfig, manifest: DatasetManifest, trainable: Any, f
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    from beats_ray.tune.gauges import sweep_callbacks
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings, steps = config.sweep, config.finetune.train.steps
     validations = max(1, -(-steps // config.finetune.validate_every_steps))
@@ -160,6 +163,7 @@ def _new_tuner(config: SweepConfig, manifest: DatasetManifest, trainable: Any, f
             storage_filesystem=folder.keyless_filesystem,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=sweep_callbacks(run_name(config.output), f"validation/{manifest.main_metric}", steps),
         ),
     )
 

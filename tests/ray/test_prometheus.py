@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-WANTED = {"train_loss": 2.5, "train_recoveries": 1.0, "step": 20.0}
+WANTED = {"train_loss": 2.5, "train_recoveries": 1.0, "step": 20.0, "run_active": 1.0}
 
 
 def test_the_newest_metrics_of_a_run_are_scraped_from_ray() -> None:

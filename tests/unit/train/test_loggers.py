@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from support.hparams import hparam_rows
+from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS, STATUS_UNKNOWN
 
 from beats_ray.config import ConfigError, PretrainConfig, TrainSettings, UserError, load_config
 from beats_ray.data.storage import open_place
@@ -127,6 +129,17 @@ def test_the_log_gives_every_report_to_every_logger_and_closes_each_once(tmp_pat
     assert json.loads((tmp_path / "progress.json").read_text())["step"] in (1, 2)
 
 
+def test_cost_goes_on_over_a_resumption(tmp_path: Path) -> None:
+    place = open_place(str(tmp_path))
+    for resumed in (0, 1, 2):
+        log = MetricsLog(place, resumed, loggers=[])
+        log.write(report(resumed + 1) | {"cost/cpu_seconds": 3.0, "cost/gpu_seconds": 2.0})
+        log.close()
+    assert [(record["cost/cpu_seconds"], record["cost/gpu_seconds"]) for record in read_metrics(place)] == [
+        (3.0, 2.0), (6.0, 4.0), (9.0, 6.0),
+    ]  # fmt: skip
+
+
 def test_seconds_go_on_over_a_resumption_and_later_reports_are_replaced(tmp_path: Path) -> None:
     place = open_place(str(tmp_path))
     first = MetricsLog(place, 0, loggers=[])
@@ -172,6 +185,59 @@ def test_tensorboard_shows_every_step_once_where_a_run_went_back_to_an_earlier_c
         logger.close()
     assert scalars(tmp_path / "tensorboard") == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
     assert sorted(path.suffix for path in (tmp_path / "tensorboard").iterdir()) == [".step0", ".step2"]
+
+
+def test_the_hparams_tab_lists_every_trial_with_its_settings_and_newest_metrics(tmp_path: Path) -> None:
+    settings = {"train.use_gpu": False, "train.schedule": "cosine", "train.max_steps": None}
+    for trial, rate, complete in (("a", 1e-3, True), ("b", 1e-4, False)):
+        given = settings | {"train.learning_rate": rate}
+        logger = TensorBoardLogger(open_place(str(tmp_path / trial / "tensorboard")), 0, f"trials/{trial}", given)
+        for step in (1, 2):
+            logger.write(report(step))
+        logger.close(complete)
+    rows = hparam_rows(tmp_path)
+    assert rows.keys() == {"trials/a", "trials/b"}
+    for name, rate, status in (("trials/a", 1e-3, STATUS_SUCCESS), ("trials/b", 1e-4, STATUS_UNKNOWN)):
+        hyperparameters, metrics, session = rows[name]
+        assert hyperparameters["train.learning_rate"].number_value == rate
+        assert hyperparameters["train.schedule"].string_value == "cosine"
+        assert hyperparameters["train.use_gpu"].WhichOneof("kind") == "bool_value"
+        assert "train.max_steps" not in hyperparameters, "an empty cell"
+        assert metrics == {"train/loss": (2, 0.5)}
+        assert session.start_time_secs > 0
+        assert session.status == status, "a run that failed may yet go on"
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_shows_every_step_once(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0):
+        logger = TensorBoardLogger(open_place(str(tmp_path / "tensorboard")), 0)
+        for step in (1, 2):
+            logger.write(report(step) | {"train/loss": loss})
+        logger.close(complete=loss == 2.0)
+    assert scalars(tmp_path / "tensorboard") == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_resumed_run_is_one_row_of_the_hparams_tab_and_ends_well(tmp_path: Path) -> None:
+    for resumed, complete in ((0, False), (2, True)):
+        logger = TensorBoardLogger(open_place(str(tmp_path / "tensorboard")), resumed, "pretrain", {"train.steps": 4})
+        logger.write(report(resumed + 2))
+        logger.flush()
+        logger.close(complete)
+    ((hyperparameters, metrics, session),) = hparam_rows(tmp_path).values()
+    assert hyperparameters["train.steps"].number_value == 4
+    assert metrics == {"train/loss": (4, 0.25)}
+    assert session.status == STATUS_SUCCESS
+
+
+def test_all_settings_of_a_run_reach_the_hparams_tab(tmp_path: Path) -> None:
+    settings = flat_settings(PretrainConfig(output="runs/a", train=TrainSettings(steps=50_000)))
+    (logger,) = build_loggers(("tensorboard",), open_place(str(tmp_path)), "first/pretrain", RUN_ID, settings, 0)
+    logger.write(report(1))
+    logger.close()
+    hyperparameters, _, _ = hparam_rows(tmp_path)["first/pretrain"]
+    assert hyperparameters.keys() == {name for name, value in settings.items() if value is not None}
+    assert hyperparameters["train.steps"].number_value == 50_000
+    assert hyperparameters["encoder.preset"].string_value == "base"
 
 
 # --- choosing them ----------------------------------------------------------------------------------------------------
@@ -262,7 +328,8 @@ def test_every_metric_is_one_gauge_with_the_newest_value_and_the_run_as_tag(monk
             values[self._name] = (value, tags)
 
     monkeypatch.setattr(ray.util.metrics, "Gauge", Gauge)
-    logger = PrometheusLogger("pretrain-a")
+    logger = PrometheusLogger("pretrain-a", resumed_step=7)
+    assert values["beats_ray_step"] == (7, {"run": "pretrain-a"}), "a run that never reports is seen too"
     logger.write(report(1))
     logger.write(report(2) | {"train/recoveries": 1})
     assert sorted(made) == sorted(values)

@@ -96,3 +96,10 @@ def test_every_metric_that_training_reports_stands_in_the_docs(tmp_path: Path, p
     }
     assert {"train/teacher_cosine", "train/accuracy"} <= named
     assert {*reported, *named} <= explained
+
+
+def test_a_run_costs_what_its_workers_reserve_while_they_train(tmp_path: Path, pretraining) -> None:
+    pretraining.run(tmp_path, steps=1, warmup_steps=0, cpus_per_worker=3)
+    (reported,) = read_metrics(open_place(str(tmp_path)))
+    assert reported["cost/cpu_seconds"] == pytest.approx(3 * reported["seconds"])
+    assert reported["cost/gpu_seconds"] == 0
