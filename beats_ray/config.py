@@ -229,13 +229,15 @@ class TokenizerSettings(Section):
     code_dim: PositiveInt = 256
     """Width of a code. Paper: 256."""
     ema_decay: Fraction = 0.99
-    """Decay of the codebook's moving averages. Paper: 0.99."""
+    """Decay of the codebook's moving averages, per optimizer step. Paper: 0.99."""
     init_batches: PositiveInt = 4
-    """First micro-batches on which the codebook is fitted by k-means, each time on all that were seen so far."""
+    """First optimizer steps after which the codebook is fitted by k-means, each time to the global batches of all of
+    them since the start, or since a restart. Release: 1."""
     commitment_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the commitment term beside the cosine distillation term."""
     restart_below: Annotated[float, Field(ge=0.0)] = 0.0
-    """Codes whose average use falls below this move onto a patch of the batch; 0 turns it off. Paper: off."""
+    """Codes that fewer patches of a global batch take on average move onto one of its patches; 0 turns it off. Paper:
+    off."""
     teacher_layer: NonNegativeInt | None = None
     """Encoder layer whose patch outputs are distilled; none means the last."""
 

@@ -148,6 +148,9 @@ class PretrainTask:
     def begin_step(self, step: int) -> None:
         pass
 
+    def end_step(self, moved: bool) -> None:
+        pass
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.num_mel_bins)
