@@ -545,7 +545,8 @@ class DistillSettings(Section):
     tokenizer: TokenizerSettings = TokenizerSettings()
     train: TrainSettings = TrainSettings(learning_rate=5e-5, global_batch_size=144)
     supervised_learning_rate: PositiveFloat = 5e-4
-    """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. Paper: 5e-4."""
+    """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. `train-tokenizer`
+    refuses one of the other that would be of no effect; `iterate` has both, for teachers of both kinds. Paper: 5e-4."""
 
 
 class FinetuneSettings(Section):
