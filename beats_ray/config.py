@@ -629,6 +629,8 @@ class Job(Section):
 
     reads: ClassVar[tuple[str, ...]] = ()
     """Fields that name what the job reads beside its data: what they hold is part of what it is, not their paths."""
+    reads_labels: ClassVar[bool] = False
+    """Whether the clips' labels and their names are part of what the job makes."""
 
     output: Annotated[str, Field(min_length=1)]
     """Where the job writes: a folder, local, s3:// or gs://."""
@@ -698,6 +700,7 @@ class TokenizeConfig(Job, InferenceSettings):
 
 class FinetuneConfig(TrainingJob, FinetuneSettings):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder to start from."""
@@ -705,6 +708,7 @@ class FinetuneConfig(TrainingJob, FinetuneSettings):
 
 class SweepConfig(TrainingJob):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder that every trial starts from."""
@@ -728,6 +732,7 @@ class EvaluatedData(Section):
 
 class EvaluateConfig(Job, InferenceSettings):
     reads: ClassVar[tuple[str, ...]] = ("model",)
+    reads_labels: ClassVar[bool] = True
 
     data: StreamSettings = StreamSettings()
     also: tuple[EvaluatedData, ...] = ()
@@ -810,6 +815,7 @@ def check_folder_names(field: str, names: Iterable[str]) -> None:
 
 class CrossValidateConfig(TrainingJob):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder that every run starts from."""
