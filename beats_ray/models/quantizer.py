@@ -167,7 +167,8 @@ class CosineQuantizer(Float32Buffers):
         generator = torch.Generator().manual_seed(self.config.seed)
         codes_VD = cosine_kmeans(pool_ND, self.config.num_codes, self.config.kmeans_iterations, generator)
         self.codebook_VD.copy_(_from_first_worker(codes_VD))
-        self.usage_V.copy_(torch.bincount(self._nearest(pool_ND), minlength=self.config.num_codes) / len(self._pool))
+        counts_V = torch.bincount(self._nearest(pool_ND), minlength=self.config.num_codes)
+        self.usage_V.copy_(_from_first_worker(counts_V / len(self._pool)))
         self.batches_seen += 1
 
     def _batches_fitted(self) -> int:
