@@ -229,14 +229,15 @@ class TokenizerSettings(Section):
     code_dim: PositiveInt = 256
     """Width of a code. Paper: 256."""
     ema_decay: Fraction = 0.99
-    """Decay of the codebook's moving averages. Paper: 0.99."""
+    """Decay of the codebook's moving averages, per optimizer step. Paper: 0.99."""
     init_batches: PositiveInt = 4
-    """First micro-batches on which the codebook is fitted by k-means, each time on all that were seen so far. The
-    release fits it on the first batch alone, 1; ours is more because a micro-batch may be a small part of a step."""
+    """First optimizer steps after which the codebook is fitted by k-means, each time to the global batches of all of
+    them since the start, or since a restart. Release: 1."""
     commitment_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the commitment term beside the cosine distillation term."""
     restart_below: Annotated[float, Field(ge=0.0)] = 0.0
-    """Codes whose average use falls below this move onto a patch of the batch; 0 turns it off. Paper: off."""
+    """Codes that fewer patches of a global batch take on average move onto one of its patches; 0 turns it off. Paper:
+    off."""
     teacher_layer: NonNegativeInt | None = None
     """Encoder layer whose patch outputs are distilled; none means the last."""
 
@@ -546,7 +547,8 @@ class DistillSettings(Section):
     """As in pre-training, but for rate and batch. Paper: 5e-5 and 1.4k seconds, 140 clips; 144 is the nearest multiple
     of the default micro-batch of 8. `global_batch_seconds: 1400` with a micro-batch of 10 or 20 is the paper's."""
     supervised_learning_rate: PositiveFloat = 5e-4
-    """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. Paper: 5e-4."""
+    """Peak learning rate instead of `train.learning_rate` where the teacher is a fine-tuned model. `train-tokenizer`
+    refuses one of the other that would be of no effect; `iterate` has both, for teachers of both kinds. Paper: 5e-4."""
 
 
 class FinetuneSettings(Section):
@@ -630,6 +632,8 @@ class Job(Section):
 
     reads: ClassVar[tuple[str, ...]] = ()
     """Fields that name what the job reads beside its data: what they hold is part of what it is, not their paths."""
+    reads_labels: ClassVar[bool] = False
+    """Whether the clips' labels and their names are part of what the job makes."""
 
     output: Annotated[str, Field(min_length=1)]
     """Where the job writes: a folder, local, s3:// or gs://."""
@@ -709,6 +713,7 @@ class TokenizeConfig(Job, InferenceSettings):
 
 class FinetuneConfig(TrainingJob, FinetuneSettings):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder to start from."""
@@ -716,6 +721,7 @@ class FinetuneConfig(TrainingJob, FinetuneSettings):
 
 class SweepConfig(TrainingJob):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder that every trial starts from."""
@@ -739,6 +745,7 @@ class EvaluatedData(Section):
 
 class EvaluateConfig(Job, InferenceSettings):
     reads: ClassVar[tuple[str, ...]] = ("model",)
+    reads_labels: ClassVar[bool] = True
 
     data: StreamSettings = StreamSettings()
     also: tuple[EvaluatedData, ...] = ()
@@ -821,6 +828,7 @@ def check_folder_names(field: str, names: Iterable[str]) -> None:
 
 class CrossValidateConfig(TrainingJob):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
+    reads_labels: ClassVar[bool] = True
 
     encoder: str = ""
     """Published encoder that every run starts from."""

@@ -91,7 +91,7 @@ def run_cross_validate(config: CrossValidateConfig, console: Console) -> Written
 @lru_cache(maxsize=64)
 def _keys_of(data: str, encoder: str) -> dict[str, str]:
     """Read once for all runs of an encoder: its file is read whole for this."""
-    return {"data": data_key(data), "encoder": model_key(encoder)}
+    return {"data": data_key(data, reads_labels=True), "encoder": model_key(encoder)}
 
 
 def plan_runs(config: CrossValidateConfig, manifest: DatasetManifest) -> list[FoldRun]:

@@ -68,7 +68,7 @@ def content_keys(config: Any) -> dict[str, str]:
 
     Reads the models' files whole. UserError where something is missing.
     """
-    keys = {"data": data_key(config.data.path)}
+    keys = {"data": data_key(config.data.path, config.reads_labels)}
     for name in config.reads:
         path = getattr(config, name)
         if path:
@@ -76,9 +76,18 @@ def content_keys(config: Any) -> dict[str, str]:
     return keys
 
 
-def data_key(path: str) -> str:
-    """Changes with any clip of a prepared data set."""
-    return f"shards {shards_fingerprint(read_manifest(open_place(path)))[:16]}"
+def data_key(path: str, reads_labels: bool = False) -> str:
+    """Changes with any clip of a prepared data set.
+
+    reads_labels: also with the names of its labels, their order, and whether a clip may have several; see
+    `Job.reads_labels`. The shards hold numbers only.
+    """
+    manifest = read_manifest(open_place(path))
+    key = f"shards {shards_fingerprint(manifest)[:16]}"
+    if not reads_labels:
+        return key
+    labels = {"label_names": list(manifest.label_names), "multi_label": manifest.multi_label}
+    return f"{key} labels {fingerprint(labels)}"
 
 
 def model_key(path: str) -> str:

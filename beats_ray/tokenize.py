@@ -133,15 +133,9 @@ class PatchLabels:
         self._tokenizer = model
 
     def __call__(self, wave_BS: Any, num_samples_B: Any) -> dict[str, Any]:
-        from beats_ray.models import SelfDistilledTokenizer, compute_fbank, normalise_fbank, num_patches
-        from beats_ray.models.config import FBANK_MEAN, FBANK_STD
+        from beats_ray.models import compute_fbank, num_patches
 
-        mean, std = FBANK_MEAN, FBANK_STD
-        if isinstance(self._tokenizer, SelfDistilledTokenizer):
-            encoder = self._tokenizer.config.encoder
-            mean, std = encoder.fbank_mean, encoder.fbank_std
-        fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
-        labels_BN = self._tokenizer.label_patches(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
+        labels_BN = self._tokenizer.label_fbank(*compute_fbank(wave_BS, num_samples_B))
         labels = labels_BN.cpu().numpy().astype(np.int16)
         return {
             "patch_labels": [

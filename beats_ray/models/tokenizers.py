@@ -2,6 +2,7 @@
 
     labels_BN = RandomProjectionTokenizer().label_patches(fbank_BTF, num_frames_B)     # iteration 1
     labels_BN = SelfDistilledTokenizer(config).label_patches(fbank_BTF, num_frames_B)  # iterations 2 and 3
+    labels_BN = tokenizer.label_fbank(*compute_fbank(wave_BS, num_samples_B))          # either, not yet normalised
     labels_BN = tokenizer.extract_labels(wave_BS, padding_mask)                        # either, from waveforms
 
 Shapes: B clips, S samples, T frames, F mel bins, N patches, P values in a patch, D width, V codes, Q codebooks,
@@ -75,7 +76,12 @@ class RandomProjectionTokenizer(Float32Buffers):
 
         padding_mask_BS: True at padding, which must follow the clip. Errors as for `BeatsEncoder.extract_features`.
         """
-        return self.label_patches(*_front_end(wave_BS, padding_mask_BS, FBANK_MEAN, FBANK_STD))
+        return self.label_fbank(*_front_end(wave_BS, padding_mask_BS))
+
+    @torch.no_grad()
+    def label_fbank(self, fbank_BTF: Tensor, num_frames_B: Tensor) -> Tensor:
+        """The same of filterbanks as `compute_fbank` gives them, normalised by the released checkpoints' statistics."""
+        return self.label_patches(normalise_fbank(fbank_BTF, FBANK_MEAN, FBANK_STD, num_frames_B), num_frames_B)
 
     @torch.no_grad()
     def label_patches(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
@@ -154,8 +160,13 @@ class SelfDistilledTokenizer(nn.Module):
             self._check_fitted()
             features_BND = self.encoder.encode_checked(wave_BS, padding_mask_BS, compat).features_BND
             return self.quantizer.labels(self.to_code(features_BND).flatten(0, 1))
-        config = self.config.encoder
-        return self.label_patches(*_front_end(wave_BS, padding_mask_BS, config.fbank_mean, config.fbank_std))
+        return self.label_fbank(*_front_end(wave_BS, padding_mask_BS))
+
+    @torch.no_grad()
+    def label_fbank(self, fbank_BTF: Tensor, num_frames_B: Tensor) -> Tensor:
+        """The same of filterbanks as `compute_fbank` gives them, normalised by the statistics of its own encoder."""
+        mean, std = self.config.encoder.fbank_mean, self.config.encoder.fbank_std
+        return self.label_patches(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
 
     def _check_fitted(self) -> None:
         if int(self.quantizer.batches_seen) == 0:
@@ -190,10 +201,8 @@ class SelfDistilledTokenizer(nn.Module):
         return labels_N.view_as(encoded.is_pad_BN).masked_fill(encoded.is_pad_BN, -1)
 
 
-def _front_end(wave_BS: Tensor, padding_mask_BS: Tensor | None, mean: float, std: float) -> tuple[Tensor, Tensor]:
-    num_samples_B = check_waveform(wave_BS, padding_mask_BS)
-    fbank_BTF, num_frames_B = compute_fbank(wave_BS, num_samples_B)
-    return normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B
+def _front_end(wave_BS: Tensor, padding_mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    return compute_fbank(wave_BS, check_waveform(wave_BS, padding_mask_BS))
 
 
 class DistillationConfig(ModelConfig):

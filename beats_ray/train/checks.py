@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from beats_ray.config import (
     ConfigError,
     DistillConfig,
+    DistillSettings,
     FinetuneConfig,
     PretrainConfig,
     StreamSettings,
@@ -75,16 +76,17 @@ def read_inputs(kind: RunKind, config: RunConfig) -> Inputs:
 def find_mistakes(
     kind: RunKind, config: RunConfig, inputs: Inputs, keys: Mapping[str, str] | None = None
 ) -> list[UserError]:
-    """What is wrong in the settings, beside the inputs that could be read, and with what the output holds.
+    """What is wrong in the settings as given, beside the inputs that could be read, and with what the output holds.
 
     keys: of the inputs, by content where not given.
     """
     mistakes = settings_mistakes(kind, config, inputs)
+    resolved = resolve_settings(config, inputs)
     output = open_place(config.output)
 
     def check() -> None:
         if read_stage(output):
-            check_output(output, stage_identity(config, content_keys(config) if keys is None else keys))
+            check_output(output, stage_identity(resolved, content_keys(config) if keys is None else keys))
 
     if not inputs.mistakes:
         attempt(check, mistakes)
@@ -117,6 +119,7 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     if isinstance(config, DistillConfig) and inputs.published is not None:
         published = inputs.published
         attempt(lambda: _check_teacher_layer(config, published), mistakes)
+        attempt(lambda: _check_learning_rate(config, published), mistakes)
     if isinstance(config, PretrainConfig) and inputs.initial is not None:
         initial = inputs.initial
         attempt(lambda: _check_initial(config, initial), mistakes)
@@ -259,6 +262,17 @@ def _check_initial(config: PretrainConfig, initial: dict[str, Any]) -> None:
                 f"initial={config.initial}: has {name}={value}, the encoder that is trained {wanted[name]}; set "
                 f"encoder.preset, or encoder.overrides.{name}={value}"
             )
+
+
+def _check_learning_rate(config: DistillConfig, published: dict[str, Any]) -> None:
+    """A rate that somebody chose must count; in a stage of `iterate` it has given way to the other one already."""
+    given, counts = config.train.learning_rate, config.supervised_learning_rate
+    unset = DistillSettings().train.learning_rate
+    if published["kind"] == "classifier" and given not in (counts, unset):
+        raise ConfigError(
+            f"train.learning_rate={given:g}: the teacher is a fine-tuned model, for which supervised_learning_rate="
+            f"{counts:g} counts instead; set supervised_learning_rate={given:g}, or leave train.learning_rate out"
+        )
 
 
 def _check_teacher_layer(config: DistillConfig, published: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ A pre-trained encoder offers the features of each patch. A fine-tuned model, as 
 patch, those whose mean over a clip are the clip's logits, and has a learning rate of its own.
 
 The loss is the negative cosine between the teacher's and the estimated patch features plus the commitment term; see
-`beats_ray.models.DistillationModel`. The codebook is initialised by k-means on several batches before the first step.
+`beats_ray.models.DistillationModel`. The codebook moves at the end of each optimizer step, the first of which fit it by
+k-means; the labels of a step are those of the codebook before it.
 """
 
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ class DistillTask:
             teacher_dim=target_width, commitment_weight=settings.tokenizer.commitment_weight
         )
         tokenizer = SelfDistilledTokenizer(self._config)
-        if settings.train.compile:  # workers talk in the quantizer, and its first batches fit the codebook
+        if settings.train.compile:  # what the quantizer collects outlives a pass, and is of any length at first
             tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)  # type: ignore[method-assign]
         tokenizer.encoder.use(checkpoint_layers=settings.train.activation_checkpointing)
         self.module = DistillModule(DistillationModel(tokenizer, distillation))
@@ -105,6 +106,9 @@ class DistillTask:
 
     def begin_step(self, step: int) -> None:
         pass
+
+    def end_step(self, moved: bool) -> None:
+        self.module.model.tokenizer.quantizer.end_step(moved)
 
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:

@@ -108,6 +108,9 @@ class FinetuneTask:
     def begin_step(self, step: int) -> None:
         self.module.freeze_encoder(self._settings.freeze_encoder or step < self._settings.freeze_encoder_steps)
 
+    def end_step(self, moved: bool) -> None:
+        pass
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         augment = self._settings.augment

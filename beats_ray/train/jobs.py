@@ -138,10 +138,10 @@ def _checked(kind: RunKind, config: RunConfig, keys: Mapping[str, str] | None) -
     for mistake in inputs.mistakes:
         raise mistake
     assert inputs.manifest is not None, config.data.path
-    config = resolve_settings(config, inputs)
     keys = content_keys(config) if keys is None else keys
     for mistake in find_mistakes(kind, config, inputs, keys):
         raise mistake
+    config = resolve_settings(config, inputs)
     return Run(kind, config, inputs.manifest, open_place(config.output), stage_identity(config, keys))
 
 

@@ -64,6 +64,13 @@ class Task(Protocol):
         """Called before each optimizer step (0-based), before its micro-batches are prepared."""
         ...
 
+    def end_step(self, moved: bool) -> None:
+        """Called after each optimizer step, alike on all workers: for state of the module that no gradient moves.
+
+        moved: whether the weights moved; of a step that was left out nothing may stay.
+        """
+        ...
+
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         """The inputs for a micro-batch, which is on the training device already."""
         ...
@@ -135,6 +142,7 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
                 for _ in range(settings.accumulation_steps(context.world_size))
             ]
             results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due)
+            task.end_step(moved=results is not None)
             if results is not None:
                 skipped.count = 0
                 for sums in results:

@@ -9,7 +9,8 @@ normalised; the feed-forward block's input), 2 of `ffn_width` and 4 numbers a he
 computed again in the backward pass, so that only the relative bias is of the size (heads, patches, patches): one for
 all clips where these see the whole grid, one for each clip, with int64 offsets, in masked pre-training. With activation
 checkpointing a layer of the encoder keeps its input alone; those of the label predictor and the estimator are not
-checkpointed. The peak adds what a layer, or the head, needs for itself while its gradient is computed.
+checkpointed. A tokenizer also keeps, through a step, what its codebook will move by. The peak adds what a layer, or the
+head, needs for itself while its gradient is computed.
 
 Left out: the allocator's fragments, the CUDA context and the libraries' workspaces (1-2 GiB on a GPU).
 
@@ -165,12 +166,22 @@ def _pretrain(config: PretrainConfig, batch: _Batch, num_logits: int) -> Activat
     return total + head.working_on(batch.kept(0, LOGIT_COPIES * logits).kept_bytes)
 
 
+def _code_statistics(config: DistillConfig) -> Activations:
+    """What the codebook moves by at the end of a step: of each code the sum of its vectors, and their number."""
+    nbytes = config.tokenizer.num_codes * (config.tokenizer.code_dim + 1) * FP32_BYTES
+    if config.tokenizer.restart_below > 0:  # the vectors too, of all micro-batches
+        clips = config.train.micro_batch_size * config.train.accumulation_steps(config.train.min_workers)
+        patches = patches_of(config.data.clip_seconds, config.encoder.resolve())
+        nbytes += clips * patches * config.tokenizer.code_dim * FP32_BYTES
+    return Activations(nbytes, nbytes)
+
+
 def _distill(config: DistillConfig, batch: _Batch, teacher_width: int) -> Activations:
     encoder, code_dim = config.encoder.resolve(), config.tokenizer.code_dim
     patches = patches_of(config.data.clip_seconds, encoder)
     total = _encoder(encoder, batch, patches, patches, per_clip_bias=False)
     # Tanh's output; the vector, its distance to the code, and the code as the estimator's input.
-    total += batch.kept(patches * (encoder.width + code_dim), 2 * patches * code_dim)
+    total += batch.kept(patches * (encoder.width + code_dim), 2 * patches * code_dim) + _code_statistics(config)
     total += _bias(encoder, batch, patches, per_clip=False) + _stack(encoder, batch, ESTIMATOR_LAYERS, patches)
     # The estimate, and both it and the teacher's features normalised.
     estimate = 3 * patches * teacher_width

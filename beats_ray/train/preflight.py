@@ -245,10 +245,9 @@ def dry_run(job: type[ConfigT], path: str | None, overrides: list[str], console:
     if config is None or lines:  # beside wrong settings, what can be looked at is what the run starts from
         return _distinct([*lines, *map(str, read_inputs(kind, _places_only(job, values)).mistakes)])
     inputs = read_inputs(kind, config)
-    resolved = resolve_settings(config, inputs)
-    mistakes = inputs.mistakes + find_mistakes(kind, resolved, inputs)
+    mistakes = inputs.mistakes + find_mistakes(kind, config, inputs)
     if not mistakes and inputs.manifest is not None and inputs.published is not None:
-        show_plan(plan_run(kind, resolved, inputs.manifest, inputs.published), console)
+        show_plan(plan_run(kind, resolve_settings(config, inputs), inputs.manifest, inputs.published), console)
     return _distinct([str(mistake) for mistake in mistakes])
 
 

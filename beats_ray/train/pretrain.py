@@ -154,15 +154,19 @@ class PretrainTask:
     def begin_step(self, step: int) -> None:
         pass
 
+    def end_step(self, moved: bool) -> None:
+        pass
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.num_mel_bins)
-        fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
         labels = batch.patch_labels_BN
         if labels is None:
             if self._tokenizer is None:
                 raise RuntimeError("the batch has no patch labels and the task no tokenizer")
-            labels = self._tokenizer.to(fbank_BTF.device).label_patches(fbank_BTF, num_frames_B)
+            # The tokenizer normalises by its own statistics, as in a labels stage; the encoder may have others.
+            labels = self._tokenizer.to(fbank_BTF.device).label_fbank(fbank_BTF, num_frames_B)
+        fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
         is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size)
         labels = labels.long().masked_fill(is_pad_BN if labels.dim() == 2 else is_pad_BN.unsqueeze(-1), -1)
         mask = sample_patch_mask(

@@ -36,6 +36,7 @@ def released_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"/m/{index:05}" for index in range(5)]
     tokenizer = SelfDistilledTokenizer(TokenizerConfig(encoder=TINY, quantizer=QuantizerConfig(num_codes=8)))
     tokenizer.train()(torch.randn(2, 64, 128))
+    tokenizer.quantizer.end_step(moved=True)
     save_released(BeatsEncoder(TINY), "BEATs_iter3.pt")
     save_released(
         AudioClassifier(BeatsEncoder(TINY), ClassifierConfig(num_classes=5), names),

@@ -127,7 +127,7 @@ PRESETS: list[tuple[str, type[Section], list[str], str, Settings]] = [
     ("tokenizer-base", DistillConfig, [], "", TOKENIZER),
     ("tokenizer-base", DistillConfig, ["train.num_workers=7", "train.micro_batch_size=20"], "", TOKENIZER),
     ("tokenizer-base-1gpu", DistillConfig, [], "", TOKENIZER),
-    ("tokenizer-base-supervised", DistillConfig, [], "", TOKENIZER | {"train.learning_rate": 5e-4}),
+    ("tokenizer-base-supervised", DistillConfig, [], "", TOKENIZER | {"supervised_learning_rate": 5e-4}),
     ("tokenizer-large", DistillConfig, [], "", TOKENIZER),
     ("iterate-base", IterateConfig, [], "pretrain", PRETRAINING),
     ("iterate-base", IterateConfig, [], "distill", TOKENIZER | {"supervised_learning_rate": 5e-4}),

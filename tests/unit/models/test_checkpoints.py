@@ -35,6 +35,7 @@ def fitted_tokenizer() -> SelfDistilledTokenizer:
     settings = TokenizerConfig(encoder=TINY, quantizer=QuantizerConfig(num_codes=16, code_dim=8))
     tokenizer = SelfDistilledTokenizer(settings).train()
     tokenizer(torch.randn(2, 64, 128))
+    tokenizer.quantizer.end_step(moved=True)
     return tokenizer
 
 

@@ -80,6 +80,7 @@ def classifier(**settings: Any) -> AudioClassifier:
 def tokenizer() -> SelfDistilledTokenizer:
     made = SelfDistilledTokenizer(TokenizerConfig(encoder=TINY, quantizer=QuantizerConfig(num_codes=8, code_dim=6)))
     made.train()(torch.randn(2, 64, 128))
+    made.quantizer.end_step(moved=True)
     return made.eval()
 
 

@@ -39,6 +39,7 @@ def distilled(**settings: Any) -> SelfDistilledTokenizer:
     tokenizer = SelfDistilledTokenizer(config).train()
     with torch.no_grad():
         tokenizer(textures(4, 320))
+    tokenizer.quantizer.end_step(moved=True)
     return tokenizer.eval()
 
 

@@ -132,6 +132,7 @@ CASES = [
     (pretraining, ("encoder.positions=compact",)),
     (pretraining, ("masking.max_targets=20",)),
     (distilling, ()),
+    (distilling, ("tokenizer.restart_below=0.1",)),
     (finetuning, ()),
     (finetuning, ("freeze_encoder=true",)),
 ]

@@ -27,7 +27,7 @@ from beats_ray.models import (
     load_model,
     save_released,
 )
-from beats_ray.train.checks import Inputs, resolve_settings, settings_mistakes
+from beats_ray.train.checks import Inputs, find_mistakes, resolve_settings, settings_mistakes
 from beats_ray.train.context import single_process_context
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.flops import step_flops_per_clip
@@ -83,6 +83,31 @@ def test_a_supervised_teacher_has_the_papers_learning_rate_and_a_self_supervised
         resolved = resolve_settings(config, Inputs(describe_model(teacher), None, []))
         assert resolved.train.learning_rate == rate
         assert resolve_settings(resolved, Inputs(describe_model(teacher), None, [])) == resolved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused_for_a_classifier"),
+    [
+        (["train.learning_rate=1e-3"], True),
+        (["train.learning_rate=1e-3", "supervised_learning_rate=2e-3"], True),
+        (["train.learning_rate=1e-3", "supervised_learning_rate=1e-3"], False),
+        (["supervised_learning_rate=1e-3"], False),
+        ([], False),
+    ],
+)
+def test_a_learning_rate_that_would_be_of_no_effect_is_refused_and_both_settings_are_named(
+    overrides: list[str], refused_for_a_classifier: bool
+) -> None:
+    config = load_config(DistillConfig, None, ["output=o", *overrides])
+    for teacher, refused in ((fine_tuned(), refused_for_a_classifier), (fine_tuned().encoder, False)):
+        inputs = Inputs(describe_model(teacher), None, [])
+        mistakes = [str(mistake) for mistake in find_mistakes("distill", config, inputs, {})]
+        assert len(mistakes) == refused
+        if refused:
+            assert mistakes[0].startswith("train.learning_rate=0.001: ")
+            assert "set supervised_learning_rate=0.001, or leave train.learning_rate out" in mistakes[0]
+        # What `iterate` hands over is resolved, whatever rate its pre-trained teachers have.
+        assert find_mistakes("distill", resolve_settings(config, inputs), inputs, {}) == []
 
 
 def test_the_estimates_know_a_fine_tuned_teacher(tmp_path: Path) -> None:
