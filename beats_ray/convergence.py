@@ -205,7 +205,7 @@ def _measure_baselines(config: ConvergenceConfig, console: Console) -> None:
         found = run_baselines(open_place(config.judged), config.inference.num_workers)
         (place / BASELINES_FILE).write_json(found)
 
-    _judge(place, {"inputs": {"data": data_key(config.judged)}}, work)
+    _judge(place, {"inputs": {"data": data_key(config.judged, reads_labels=True)}}, work)
 
 
 def _probe(arm: Place, iteration: int, config: ConvergenceConfig, console: Console) -> None:

@@ -105,7 +105,6 @@ class _Graph:
     def __init__(self, config: IterateConfig, manifest: DatasetManifest) -> None:
         self._config = config
         self._manifest = manifest
-        self._data = data_key(config.data.path)
         self._run = open_place(config.output)
         self.stages: list[Stage] = []
         self._tasks = {name: _read_task(name, task) for name, task in config.tasks.items()}
@@ -113,7 +112,13 @@ class _Graph:
         probed = labelled and _has_probe(manifest)
         untrained = self._untrained()
         if probed:
-            self._add(0, "baselines", "baselines without an encoder", settings={}, data=self._data)
+            self._add(
+                0,
+                "baselines",
+                "baselines without an encoder",
+                settings={},
+                data=data_key(config.data.path, reads_labels=True),
+            )
             self._probe(0, untrained)
         for name, task in config.tasks.items():
             if task.protocol == "probe":
@@ -147,7 +152,8 @@ class _Graph:
     def _add(self, iteration: int, name: str, title: str, **fields: Any) -> Stage:
         job = fields.get("job")
         if job is not None:
-            fields = {"data": self._data} | fields | {"settings": run_identity(job)}
+            data = fields.pop("path", self._config.data.path)
+            fields |= {"settings": run_identity(job), "data": data_key(data, job.reads_labels)}
         stage = Stage(iteration, name, title, self._folder(iteration, name), **{"manifest": self._manifest} | fields)
         self.stages.append(stage)
         return stage
@@ -299,7 +305,7 @@ class _Graph:
             job=job,
             task=task,
             manifest=manifest,
-            data=data_key(settings.data.path),
+            path=settings.data.path,
             models={"model" if settings.protocol == "probe" else "encoder": encoder},
             published=self._classifier(manifest) if settings.protocol in ("sweep", "finetune") else None,
             source=encoder.published,

@@ -56,9 +56,10 @@ def test_every_encoder_of_an_unlabelled_corpus_is_judged_by_every_protocol(tmp_p
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
     found = {(row["iteration"], row["protocol"]) for row in rows}
     assert found == {(0, "probe")} | {(iteration, protocol) for iteration in (1, 2) for protocol in protocols}
+    tested = json.loads((tmp_path / "judged" / "dataset.json").read_text())["clips_by_fold"]["1"]
     for row in rows:
         assert 0 <= row["value"] <= 1
-        assert row["clips"] == (40 if row["protocol"] in ("probe", "cross-validate") else 8)
+        assert row["clips"] == (40 if row["protocol"] in ("probe", "cross-validate") else tested)
         assert f"{row['value']:.3f}" in shown
     again = command("iterate", str(tmp_path / "run.yaml"))
     assert "fine-tuning" not in again  # all is done

@@ -409,6 +409,10 @@ def test_a_task_depends_on_its_own_data_and_settings_and_on_its_encoder(folder: 
     assert work_off(task_config(folder, *other)) == [f"{iteration} probe-frozen" for iteration in (0, 1, 2)]
     again = work_off(task_config(folder, *moved, "pretrain.train.steps=30"))
     assert again == [*(f"1 {name}" for name in ["pretrain", *TASKS]), *(f"2 {name}" for name in LATER[:3] + TASKS)]
+    names = folder / "elsewhere" / "dataset.json"
+    names.write_text(names.read_text().replace('"label_names":["a","b"]', '"label_names":["b","a"]'))
+    renamed = work_off(task_config(folder, *moved, "pretrain.train.steps=30"))
+    assert renamed == ["0 probe-frozen", *(f"{iteration} {name}" for iteration in (1, 2) for name in TASKS)]
 
 
 def test_the_plan_counts_the_runs_of_every_fold_and_seed(folder: Path) -> None:
