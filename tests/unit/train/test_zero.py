@@ -82,7 +82,8 @@ def test_a_batch_that_is_poisoned_on_one_worker_is_left_out_on_all(tmp_path: Pat
         for stage in range(4)
     ]
     together = run_group(tmp_path, 2, runs)
-    # Dropout and the codebook's k-means follow the workers, so that one process is comparable in pre-training alone.
+    # Fine-tuning's dropout follows the workers, and in distillation the last bits of a sum may choose another code, so
+    # that one process is comparable in pre-training alone.
     expected = together[0]
     if kind == "pretrain":
         (expected,) = run_group(tmp_path, 1, [runs[0] | {"name": "alone"}])
