@@ -113,7 +113,8 @@ class _Group(click.Group):
     """Commands in the order of a project's life, and the nearest name for a mistyped one."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return ["demo", "prepare", *COMMANDS, "predict", "embed", "import", "export", "report", "bench"]
+        others = ["predict", "embed", "import", "export", "report", "bench", "check-cluster"]
+        return ["demo", "prepare", *COMMANDS, *others]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -329,6 +330,17 @@ def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
         _load("bench.run:run_bench")(settings, console, as_json)
     finally:
         console.close()
+
+
+@cli.command("check-cluster")
+@click.argument("paths", metavar="FILE|DIR...", nargs=-1, required=True)
+def check_cluster(paths: tuple[str, ...]) -> int:
+    """Check files that start clusters: `ray up`, Kubernetes, IAM."""
+    found, mistakes = _load("clusters.check:check_files")(paths)
+    if not mistakes:
+        for line in found:
+            click.echo(f"{line}: sound")
+    return _complain_all(mistakes)
 
 
 @cli.command()
