@@ -24,6 +24,7 @@ from beats_ray import __version__, config
 from beats_ray.config import Job, UserError, load_config
 from beats_ray.console import Console
 from beats_ray.errors import find_user_error
+from beats_ray.job_status import JobStatus, submission_id
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\-]*=")
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -377,6 +378,9 @@ def _run_on_cluster(ray: config.RaySettings, job: Callable[[Console], list[tuple
     try:
         console.stage("start Ray")
         with _load("launch:ray_cluster")(ray):
+            submitted = submission_id()
+            if submitted is not None:
+                console.follow(JobStatus(submitted).tell)
             written = job(console)
         console.written(written)
     finally:
