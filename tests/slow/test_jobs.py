@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.token_cluster import TokenCluster
+from support.token_cluster import ROOT, TokenCluster
 
 from beats_ray.data.sample import make_sample_set
 
@@ -113,11 +113,31 @@ def test_nothing_of_the_head_listens_beyond_loopback_but_what_the_documentation_
 
 
 def test_the_token_is_in_no_log_and_no_job_record(head: TokenCluster) -> None:
-    assert "SUCCEEDED" in head.run(str(head.ray), "job", "submit", "--", "env | sort | head -5").stdout.upper()
+    assert "SUCCEEDED" in head.run(str(head.ray), "job", "submit", "--", "env").stdout.upper()
     token = head.token_file.read_text()
     logs = [path for path in head.logs.rglob("*") if path.is_file() and path.suffix in (".log", ".out", ".err")]
     assert len(logs) > 5
     assert [path for path in logs if token in path.read_text(errors="replace")] == []
+
+
+def test_with_tls_a_job_runs_and_a_driver_without_a_certificate_does_not_join(tmp_path: Path) -> None:
+    for words in (["authority", str(tmp_path)], ["node", str(tmp_path), "127.0.0.1"]):
+        subprocess.run([str(ROOT / "cluster" / "tls.sh"), *words], check=True)
+    cluster = TokenCluster(tmp_path, certificates=tmp_path)
+    joins = f"import ray; ray.init({cluster.gcs!r}); print('inside', ray.get(ray.remote(lambda: 7).remote()))"
+    with (
+        tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as sockets,
+        cluster.running(Path(sockets)),
+    ):
+        done = cluster.run(str(cluster.ray), "job", "submit", "--", sys.executable, "-c", joins)
+        assert "inside 7" in done.stdout, done.stdout + done.stderr
+        plain = {name: value for name, value in cluster.environment().items() if "TLS" not in name}
+        code = f"import ray; ray.init({cluster.gcs!r}); print('inside')"
+        joined = subprocess.run(
+            [sys.executable, "-c", code], env=plain, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert joined.returncode != 0
+        assert "inside" not in joined.stdout
 
 
 def test_jobs_of_the_chain_are_stopped_and_go_on(head: TokenCluster, folder: Path) -> None:

@@ -29,7 +29,8 @@ def free_port() -> int:
 class TokenCluster:
     """Addresses of a running head and the environment that its users need."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificates: Path | None = None) -> None:
+        """certificates: a folder of `cluster/tls.sh` with one for 127.0.0.1, where the head speaks TLS."""
         self.token_file = folder / "auth_token"
         self.token_file.write_text(secrets.token_hex(32))
         self.token_file.chmod(0o600)
@@ -40,6 +41,7 @@ class TokenCluster:
         self.logs = Path()
         """Ray's own logs, while the head runs."""
         self.ray = Path(sys.executable).with_name("ray")
+        self._certificates = certificates
         self._mark = uuid.uuid4().hex
 
     def environment(self, token: str | None = RIGHT) -> dict[str, str]:
@@ -47,11 +49,21 @@ class TokenCluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.dashboard, "HOME": str(self.home)}
         kept["PATH"] = os.pathsep.join([str(self.ray.parent), kept.get("PATH", "")])
+        kept |= self._tls()
         if token is None:
             return kept | {"RAY_AUTH_MODE": "disabled"}
         if token == RIGHT:
             return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
         return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+    def _tls(self) -> dict[str, str]:
+        if self._certificates is None:
+            return {}
+        node = self._certificates / "127.0.0.1"
+        return {
+            "RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(self._certificates / "ca.crt"),
+            "RAY_TLS_SERVER_CERT": f"{node}.crt", "RAY_TLS_SERVER_KEY": f"{node}.key",
+        }  # fmt: skip
 
     @property
     def home(self) -> Path:
