@@ -179,7 +179,7 @@ def _add(name: str, command: Command) -> None:
             return 0
         for need in command.needs:
             _check_place(settings, need)
-        _run_on_cluster(settings.ray, lambda console: _load(command.entry)(settings, console))
+        _run_on_cluster(name, settings.ray, lambda console: _load(command.entry)(settings, console))
         return 0
 
     if command.has_dry_run:
@@ -252,7 +252,7 @@ def prepare(arguments: tuple[str, ...], verify_path: str | None) -> None:
         )
         return [("data set", settings.output)]
 
-    _run_on_cluster(settings.ray, job)
+    _run_on_cluster("prepare", settings.ray, job)
 
 
 def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
@@ -268,7 +268,7 @@ def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
         console.note(str(_load("data.verify:verify")(dataset, console.progress, settings.data.retry_seconds)))
         return []
 
-    _run_on_cluster(settings.ray, job)
+    _run_on_cluster("verify", settings.ray, job)
 
 
 @cli.command(epilog=_describe_fields(config.EmbedConfig))
@@ -286,7 +286,7 @@ def embed(arguments: tuple[str, ...]) -> None:
         raise UserError(f"embed takes MODEL SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
     for need in ("data.path", "model"):
         _check_place(settings, need)
-    _run_on_cluster(settings.ray, lambda console: _load("embed:run_embed")(settings, console))
+    _run_on_cluster("embed", settings.ray, lambda console: _load("embed:run_embed")(settings, console))
 
 
 @cli.command("import")
@@ -373,14 +373,14 @@ def _load(entry: str) -> Callable[..., Any]:
     return loaded
 
 
-def _run_on_cluster(ray: config.RaySettings, job: Callable[[Console], list[tuple[str, str]]]) -> None:
+def _run_on_cluster(name: str, ray: config.RaySettings, job: Callable[[Console], list[tuple[str, str]]]) -> None:
     console = Console()
     try:
         console.stage("start Ray")
         with _load("launch:ray_cluster")(ray):
             submitted = submission_id()
             if submitted is not None:
-                console.follow(JobStatus(submitted).tell)
+                console.follow(JobStatus(submitted).tell, name)
             written = job(console)
         console.written(written)
     finally:

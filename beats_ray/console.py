@@ -36,9 +36,14 @@ class Console:
         self._last_line = ""
         self._last_shown = self._started
 
-    def follow(self, listener: Callable[[str, str], None]) -> None:
-        """From now on calls the listener with the stage's title and its line of progress, as often as there is one."""
+    def follow(self, listener: Callable[[str, str], None], title: str) -> None:
+        """From now on calls the listener with the stage's title and its line of progress, as often as there is one.
+
+        title: of the job, for what comes before its first stage.
+        """
         self._listener = listener
+        self._title = title
+        listener(title, "")
 
     def stage(self, title: str) -> None:
         """Starts a new part of the job; progress counts from here."""

@@ -8,31 +8,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from support.token_cluster import ROOT, TokenCluster
 
 from beats_ray.data.sample import make_sample_set
+from beats_ray.models import BeatsEncoder, RandomProjectionTokenizer, encoder_config, save_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+SMALL: dict[str, Any] = {"num_layers": 1, "conv_pos_kernel": 16}
+ENCODER = ("encoder.preset=tiny", *(f"encoder.overrides.{name}={value}" for name, value in SMALL.items()))
 TRAIN = {
     "warmup_steps": 2, "global_batch_size": 8, "num_workers": 1, "cpus_per_worker": 1, "log_every_steps": 2,
     "loggers": "[]",
 }  # fmt: skip
-ENCODER = ("encoder.preset=tiny", "encoder.overrides.num_layers=1", "encoder.overrides.conv_pos_kernel=16")
-SMALL = [
-    "iterations=1", "data.clip_seconds=2", "pretrain.predictor.num_layers=1", "inference.num_workers=1",
-    "finetune.validate_every_steps=4", "sweep.num_trials=2", "sweep.max_concurrent_trials=1",
-    "sweep.grace_validations=2", *(f"pretrain.{setting}" for setting in ENCODER),
-    *(f"{part}.train.{name}={value}" for part in ("pretrain", "finetune") for name, value in TRAIN.items()),
-    "pretrain.train.steps=400", "pretrain.train.checkpoint_every_steps=100000", "finetune.train.steps=8",
-]  # fmt: skip
-"""A pre-training of some minutes that would make one checkpoint alone, at its end."""
+STEPS = 600
+"""Of the pre-training that is stopped: a minute or more, in which it would make one checkpoint alone, at its end."""
+
+
+def train(steps: int, section: str = "") -> list[str]:
+    return [f"{section}train.{name}={value}" for name, value in {**TRAIN, "steps": steps}.items()]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +44,22 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenCluster]:
             yield cluster
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("jobs")
-    make_sample_set(found / "raw", num_clips=40, clip_seconds=2)
-    return found
-
-
 def submit(head: TokenCluster, name: str, *command: str) -> "subprocess.CompletedProcess[str]":
     return head.run(sys.executable, "jobs/submit.py", name, "--", *command, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def folder(head: TokenCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data`, prepared by a job, an untrained `encoder`, and a `tokenizer`."""
+    found = tmp_path_factory.mktemp("jobs")
+    make_sample_set(found / "raw", num_clips=40, clip_seconds=2)
+    done = submit(head, "prepare", "jobs/prepare.py", "esc50", str(found / "raw"), str(found / "data"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job(head, "prepare-1")["status"] == "SUCCEEDED"
+    torch.manual_seed(0)
+    save_model(RandomProjectionTokenizer(), found / "tokenizer")
+    save_model(BeatsEncoder(encoder_config("tiny", **SMALL)), found / "encoder")
+    return found
 
 
 def job(head: TokenCluster, submission: str) -> dict[str, Any]:
@@ -140,76 +148,97 @@ def test_with_tls_a_job_runs_and_a_driver_without_a_certificate_does_not_join(tm
         assert "inside" not in joined.stdout
 
 
-def test_jobs_of_the_chain_are_stopped_and_go_on(head: TokenCluster, folder: Path) -> None:
-    data, run = folder / "data", folder / "run"
-    done = submit(head, "prepare", "jobs/prepare.py", "esc50", str(folder / "raw"), str(data))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (data / "dataset.json").exists()
-
-    wrong = submit(head, "iterate", "jobs/iterate.py", f"data.path={data}", f"output={run}", "iterationz=1")
+def test_a_job_that_is_stopped_in_mid_training_goes_on_when_it_is_submitted_again(
+    head: TokenCluster, folder: Path
+) -> None:
+    run = folder / "pretrain"
+    command = [
+        "jobs/pretrain.py", f"data.path={folder / 'data'}", "data.clip_seconds=2", f"tokenizer={folder / 'tokenizer'}",
+        f"output={run}", "predictor.num_layers=1", *ENCODER, *train(STEPS), "train.checkpoint_every_steps=100000",
+    ]  # fmt: skip
+    wrong = submit(head, "pretrain", *command, "train.sleps=1")
     assert wrong.returncode == 2
-    assert "iterationz: unknown config key" in wrong.stdout
-    assert (job(head, "iterate-1")["status"], job(head, "iterate-1")["exit"]) == ("FAILED", 2)
+    assert "train.sleps: unknown config key" in wrong.stdout
+    record = job(head, "pretrain-1")
+    assert (record["status"], record["exit"]) == ("FAILED", 2)
 
-    command = ["jobs/iterate.py", f"data.path={data}", f"output={run}", *SMALL]
-    waiting = head.run(sys.executable, "jobs/submit.py", "iterate", "--no-wait", "--", *command)
-    assert "iterate-2: submitted" in waiting.stdout
-    told = wait_for(lambda: _progress_of_training(job(head, "iterate-2")))
-    assert told["stage"] == "iteration 1: masked pre-training"
-    shown = head.run(str(head.ray), "job", "status", "iterate-2").stdout
-    assert "masked pre-training: " in shown
-    again = head.run(sys.executable, "jobs/submit.py", "iterate", "--no-wait", "--", *command)
-    assert "iterate-2: running already" in again.stdout
+    waiting = head.run(sys.executable, "jobs/submit.py", "pretrain", "--no-wait", "--", *command)
+    assert "pretrain-2: submitted" in waiting.stdout, waiting.stdout + waiting.stderr
+    wait_for(lambda: len(losses(run)) > 4)
+    again = head.run(sys.executable, "jobs/submit.py", "pretrain", "--no-wait", "--", *command)
+    assert "pretrain-2: running already" in again.stdout
+    told = job(head, "pretrain-2")
+    assert told["metadata"]["job_name"] == "pretrain"
+    assert told["metadata"]["stage"] == "pretrain"
+    assert f"/{8 * STEPS:,} clips" in told["metadata"]["progress"]
+    shown = head.run(str(head.ray), "job", "status", "pretrain-2").stdout
+    assert "RUNNING" in shown
+    assert f"/{8 * STEPS:,} clips" in shown
+    print(told, shown)
 
-    stopped = head.run(str(head.ray), "job", "stop", "iterate-2")
+    asked = time.monotonic()
+    stopped = head.run(str(head.ray), "job", "stop", "pretrain-2")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert job(head, "iterate-2")["status"] == "STOPPED"
-    pretraining = run / "iteration-1" / "pretrain"
-    (checkpoint,) = (path.parent for path in pretraining.glob("checkpoints/*/commit.json"))
+    assert job(head, "pretrain-2")["status"] == "STOPPED"
+    (checkpoint,) = (path.parent for path in run.glob("checkpoints/*/commit.json"))
     step = int(checkpoint.name.partition("-")[2])
-    assert 0 < step < 400
-    assert json.loads((pretraining / "stage.json").read_text())["status"] == "running"
+    print(f"stopped at step {step} of {STEPS}, {time.monotonic() - asked:.1f} s after it was asked")
+    assert 0 < step < STEPS
+    assert not (run / "model").exists()
 
-    finished = submit(head, "iterate", *command)
+    finished = submit(head, "pretrain", *command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "iterate-3: submitted" in finished.stdout
-    assert "iterate-3: succeeded" in finished.stdout
-    rows = [json.loads(line) for line in (pretraining / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if "train/loss" in row]
-    assert steps == sorted(set(steps))  # none was done twice
-    assert json.loads((pretraining / "attempts.json").read_text())["attempts"] == 2
-    assert job(head, "iterate-3")["exit"] == 0
+    assert "pretrain-3: submitted" in finished.stdout
+    assert "pretrain-3: succeeded" in finished.stdout
+    assert (run / "model" / "config.json").exists()
+    assert sorted(losses(run)) == sorted(set(losses(run))), "a step was done twice"
+    assert max(losses(run)) == STEPS
+    assert json.loads((run / "attempts.json").read_text())["attempts"] == 2
+    assert job(head, "pretrain-3")["exit"] == 0
+
+    once_more = submit(head, "pretrain", *command)  # it is complete: nothing is done
+    assert once_more.returncode == 0
+    assert json.loads((run / "attempts.json").read_text())["attempts"] == 2
 
 
-def test_the_other_jobs_succeed_on_what_the_chain_made(head: TokenCluster, folder: Path) -> None:
-    data, run = folder / "data", folder / "run"
-    encoder, classifier = run / "iteration-1/pretrain/model", run / "iteration-1/sweep/model"
-    train = [f"train.{name}={value}" for name, value in (TRAIN | {"steps": 8}).items()]
+def test_each_other_job_succeeds_on_small_data(head: TokenCluster, folder: Path) -> None:
+    data, encoder = folder / "data", folder / "encoder"
     where = [f"data.path={data}", "data.clip_seconds=2"]
+    sweep = ["sweep.num_trials=2", "sweep.max_concurrent_trials=1", "sweep.grace_validations=2"]
+    fine = ["finetune.validate_every_steps=4", *train(8, "finetune.")]
     for name, command in {
-        "finetune": ["jobs/finetune.py", *where, f"encoder={encoder}", f"output={folder / 'finetune'}", *train,
-                     "validate_every_steps=4"],
-        "evaluate": ["jobs/evaluate.py", *where, f"model={classifier}", f"output={folder / 'evaluation'}",
-                     "num_workers=1"],
-        "embed": ["jobs/embed.py", str(encoder), str(data), str(folder / "embeddings"), "num_workers=1"],
+        "finetune": [*where, f"encoder={encoder}", *train(8), "validate_every_steps=4"],
+        "sweep": [*where, f"encoder={encoder}", *sweep, *fine],
+        "evaluate": [*where, f"model={encoder}", "num_workers=1"],
+        "embed": [],
+        "iterate": [*where, "iterations=1", "inference.num_workers=1", "pretrain.predictor.num_layers=1", *sweep, *fine,
+                    *train(8, "pretrain."), *(f"pretrain.{setting}" for setting in ENCODER)],
     }.items():  # fmt: skip
-        done = submit(head, name, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert job(head, f"{name}-1")["status"] == "SUCCEEDED"
-    assert (folder / "finetune/model/config.json").exists()
-    assert (folder / "evaluation/evaluation.json").exists()
-    assert (folder / "embeddings/embeddings.json").exists()
+        output = folder / f"of-{name}"
+        words = [str(encoder), str(data), str(output)] if name == "embed" else [*command, f"output={output}"]
+        begun = time.monotonic()
+        done = submit(head, name, f"jobs/{name}.py", *words, *(["num_workers=1"] if name == "embed" else []))
+        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+        record = job(head, f"{name}-1")
+        assert (record["status"], record["exit"]) == ("SUCCEEDED", 0), name
+        print(f"{name}: {time.monotonic() - begun:.0f} s, last told: {record['metadata']['stage']}")
+    for made in ("finetune/model", "sweep/model", "iterate/iteration-1/sweep/model"):
+        assert (folder / f"of-{made}" / "config.json").exists(), made
+    assert (folder / "of-evaluate/evaluation.json").exists()
+    assert (folder / "of-embed/embeddings.json").exists()
 
 
-def _progress_of_training(record: dict[str, Any]) -> dict[str, str] | None:
-    assert record["status"] in ("PENDING", "RUNNING"), record
-    told: dict[str, str] = record["metadata"]
-    return told if "pre-training" in told.get("stage", "") and "clips/s" in told.get("progress", "") else None
+def losses(run: Path) -> list[int]:
+    """The steps whose losses are written down, in their order."""
+    try:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or a line half written
+        return []
+    return [row["step"] for row in rows if "train/loss" in row]
 
 
-def wait_for(ask: Any, seconds: float = 600) -> Any:
+def wait_for(seen: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
-    while (found := ask()) is None:
+    while not seen():
         assert time.monotonic() < deadline
-        time.sleep(1)
-    return found
+        time.sleep(0.5)

@@ -69,8 +69,7 @@ def test_stages_are_told_at_once_and_progress_now_and_then(monkeypatch: pytest.M
     record, now = Record(monkeypatch), [100.0]
     monkeypatch.setattr(job_status.time, "monotonic", lambda: now[0])
     console = Console()
-    console.follow(JobStatus("x-1").tell)
-    console.stage("pretrain")
+    console.follow(JobStatus("x-1").tell, "pretrain")
     assert record.info is not None
     assert (record.info.message, record.info.metadata) == (
         "pretrain", {"job_name": "x", "stage": "pretrain", "progress": ""}

@@ -195,6 +195,11 @@ GCP: list[tuple[str, Callable[[Config], Any], str]] = [
         "automaticRestart=None",
     ),
     ("router", lambda c: node(c, "data").update(canIpForward=True), "canIpForward=true"),
+    (
+        "spot head",
+        lambda c: node(c, "head").update(scheduling=node(c, "gpu1-spot")["scheduling"]),
+        "head.node_config.scheduling.provisioningModel=SPOT",
+    ),
     ("credential", lambda c: c["provider"].update(gcp_credentials={"type": "service_account"}), "in a file"),
 ]
 CASES = [
