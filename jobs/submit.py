@@ -12,6 +12,7 @@ cluster answers or takes the token.
 
 import argparse
 import asyncio
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -46,17 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
 def attach(client: JobSubmissionClient, name: str) -> str | None:
     """The try that has not ended yet, or None."""
     going = [job for job in tries(client, name) if not job.status.is_terminal()]
-    for job in going:
-        print(f"{job.submission_id}: {job.status.lower()} already; following it", flush=True)
-    return going[-1].submission_id if going else None
+    if not going:
+        return None
+    job: str = going[0].submission_id
+    print(f"{job}: {going[0].status.lower()} already; following it", flush=True)
+    return job
 
 
 def submit(client: JobSubmissionClient, name: str, command: list[str]) -> str:
     """Starts the next try and returns its submission id."""
+    numbers = [int(job.submission_id.rpartition("-")[2]) for job in tries(client, name)]
     environment = yaml.safe_load((ROOT / "jobs" / "runtime-env.yaml").read_text())
     job: str = client.submit_job(
         entrypoint=shlex.join(["python", *command]),
-        submission_id=f"{name}-{len(tries(client, name)) + 1}",
+        submission_id=f"{name}-{max(numbers, default=0) + 1}",
         runtime_env=environment | {"working_dir": str(ROOT)},
         metadata={"job_name": name},
     )
@@ -65,10 +69,10 @@ def submit(client: JobSubmissionClient, name: str, command: list[str]) -> str:
 
 
 def tries(client: JobSubmissionClient, name: str) -> list[JobDetails]:
-    """What was submitted under the name, in its order."""
+    """What was submitted under the name by this script, in any order."""
     jobs = [job for job in client.list_jobs() if job.type == JobType.SUBMISSION]
     mine = [job for job in jobs if (job.metadata or {}).get("job_name") == name]
-    return sorted(mine, key=lambda job: int(job.submission_id.rpartition("-")[2]))
+    return [job for job in mine if re.fullmatch(re.escape(name) + r"-\d+", job.submission_id)]
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
