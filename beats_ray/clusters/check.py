@@ -9,7 +9,7 @@ manifests, JSON is an IAM policy. Nothing is asked of a cloud or a cluster.
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,23 @@ def _check(path: Path) -> tuple[str, list[str]]:
             policy = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: is no JSON ({error}); correct it") from None
-        return "IAM policy", iam.find_mistakes(policy)
+        return "IAM policy", _judge(iam.find_mistakes, policy)
     documents = read_manifests(path)
     if not all(isinstance(document, dict) for document in documents) or not documents:
         raise UserError(f"{path}: is neither a `ray up` file nor Kubernetes manifests; give one of these")
     if any("cluster_name" in document or "available_node_types" in document for document in documents):
         config = documents[0]
         types = len(config.get("available_node_types") or {})
-        return f"`ray up` file, {types} node types", ray_up.find_mistakes(config)
-    return f"{len(documents)} Kubernetes objects", kubernetes.find_mistakes(documents)
+        return f"`ray up` file, {types} node types", _judge(ray_up.find_mistakes, config)
+    return f"{len(documents)} Kubernetes objects", _judge(kubernetes.find_mistakes, documents)
+
+
+def _judge(rules: Callable[[Any], list[str]], content: Any) -> list[str]:
+    """What the rules find. They take fields for what they are; where one is of another type, that is the mistake."""
+    try:
+        return rules(content)
+    except (AttributeError, KeyError, TypeError) as error:
+        return [f"a field holds a value of another type than it must ({error}); correct it: the rest was not looked at"]
 
 
 def _render(folder: Path) -> str:

@@ -310,6 +310,9 @@ def test_the_command_says_what_is_sound_and_ends_with_status_2_where_something_i
     ]
     assert main(["check-cluster", str(tmp_path / "absent.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "policy.json").write_text('{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": 5}]}')
+    assert main(["check-cluster", str(tmp_path / "policy.json")]) == 2
+    assert "a value of another type" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("[1, 2")
     assert main(["check-cluster", str(tmp_path / "list.yaml")]) == 2
     assert "is no YAML" in capsys.readouterr().err
