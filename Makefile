@@ -1,15 +1,16 @@
 # make install                                                  .venv with the pinned packages and the command beats-ray
 # make demo [DATA=DIR|s3://...|gs://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
-# make test | test-slow | test-gpu [PYTHON=...] | check         tests and checks
+# make test | test-slow | test-gpu [PYTHON=...] | check | audit  tests, checks, known vulnerabilities of the pins
 # Every target makes .venv by itself, from the exact pins of constraints.txt, and again only when those change.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-gpu check format lock clean
+.PHONY: help install demo test test-slow test-gpu check audit format lock clean
 
 UV_VERSION := 0.13.9
+PIP_AUDIT_VERSION := 2.10.1
 BIN := .venv/bin
 STAMP := .venv/installed
 # The first interpreter that is new enough; 3.11 is the tested one.
@@ -50,6 +51,10 @@ check: $(STAMP)
 	$(BIN)/mypy beats_ray
 	$(BIN)/codespell
 	$(BIN)/uv pip check --quiet --python $(BIN)/python
+
+# A report, never a failure: it needs PyPI's vulnerability data, which not every mirror serves.
+audit: $(STAMP)
+	-$(BIN)/uv tool run --quiet pip-audit==$(PIP_AUDIT_VERSION) --no-deps --disable-pip -r constraints.txt
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -24,6 +24,7 @@ from beats_ray import __version__, config
 from beats_ray.config import Job, UserError, load_config
 from beats_ray.console import Console
 from beats_ray.errors import find_user_error
+from beats_ray.job_status import JobStatus, submission_id
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\-]*=")
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -113,7 +114,8 @@ class _Group(click.Group):
     """Commands in the order of a project's life, and the nearest name for a mistyped one."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return ["demo", "prepare", *COMMANDS, "predict", "embed", "import", "export", "report", "bench"]
+        others = ["predict", "embed", "import", "export", "report", "bench", "check-cluster"]
+        return ["demo", "prepare", *COMMANDS, *others]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -177,7 +179,7 @@ def _add(name: str, command: Command) -> None:
             return 0
         for need in command.needs:
             _check_place(settings, need)
-        _run_on_cluster(settings.ray, lambda console: _load(command.entry)(settings, console))
+        _run_on_cluster(name, settings.ray, lambda console: _load(command.entry)(settings, console))
         return 0
 
     if command.has_dry_run:
@@ -250,7 +252,7 @@ def prepare(arguments: tuple[str, ...], verify_path: str | None) -> None:
         )
         return [("data set", settings.output)]
 
-    _run_on_cluster(settings.ray, job)
+    _run_on_cluster("prepare", settings.ray, job)
 
 
 def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
@@ -266,7 +268,7 @@ def _verify(dataset: str, paths: list[str], overrides: list[str]) -> None:
         console.note(str(_load("data.verify:verify")(dataset, console.progress, settings.data.retry_seconds)))
         return []
 
-    _run_on_cluster(settings.ray, job)
+    _run_on_cluster("verify", settings.ray, job)
 
 
 @cli.command(epilog=_describe_fields(config.EmbedConfig))
@@ -284,7 +286,7 @@ def embed(arguments: tuple[str, ...]) -> None:
         raise UserError(f"embed takes MODEL SRC DST (or a config file), got {' '.join(paths) or 'nothing'}")
     for need in ("data.path", "model"):
         _check_place(settings, need)
-    _run_on_cluster(settings.ray, lambda console: _load("embed:run_embed")(settings, console))
+    _run_on_cluster("embed", settings.ray, lambda console: _load("embed:run_embed")(settings, console))
 
 
 @cli.command("import")
@@ -331,6 +333,17 @@ def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
         console.close()
 
 
+@cli.command("check-cluster")
+@click.argument("paths", metavar="FILE|DIR...", nargs=-1, required=True)
+def check_cluster(paths: tuple[str, ...]) -> int:
+    """Check files that start clusters: `ray up`, Kubernetes, IAM."""
+    found, mistakes = _load("clusters.check:check_files")(paths)
+    if not mistakes:
+        for line in found:
+            click.echo(f"{line}: sound")
+    return _complain_all(mistakes)
+
+
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
 @click.option("--curves", metavar="DIR", help="Write loss and perplexity of every iteration there too, as SVG files.")
@@ -360,11 +373,14 @@ def _load(entry: str) -> Callable[..., Any]:
     return loaded
 
 
-def _run_on_cluster(ray: config.RaySettings, job: Callable[[Console], list[tuple[str, str]]]) -> None:
+def _run_on_cluster(name: str, ray: config.RaySettings, job: Callable[[Console], list[tuple[str, str]]]) -> None:
     console = Console()
     try:
         console.stage("start Ray")
         with _load("launch:ray_cluster")(ray):
+            submitted = submission_id()
+            if submitted is not None:
+                console.follow(JobStatus(submitted).tell, name)
             written = job(console)
         console.written(written)
     finally:

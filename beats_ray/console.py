@@ -6,7 +6,7 @@ console.table("Leaderboard", ["iteration", "probe"], [[1, 0.797]])
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -29,15 +29,28 @@ class Console:
         if not self._rich.is_terminal and rich_console is None:
             self._rich.width = LOG_WIDTH
         self._started = time.monotonic()
+        self._title = ""
+        self._listener: Callable[[str, str], None] = lambda _stage, _line: None
         self._live: Live | None = None
         self._first: tuple[float, int] | None = None
         self._last_line = ""
         self._last_shown = self._started
 
+    def follow(self, listener: Callable[[str, str], None], title: str) -> None:
+        """From now on calls the listener with the stage's title and its line of progress, as often as there is one.
+
+        title: of the job, for what comes before its first stage.
+        """
+        self._listener = listener
+        self._title = title
+        listener(title, "")
+
     def stage(self, title: str) -> None:
         """Starts a new part of the job; progress counts from here."""
         self._finish_line()
         self._begin()
+        self._title = title
+        self._listener(title, "")
         self._print(Text(f"[{_duration(time.monotonic() - self._started):>7}] {title}", style="bold"))
 
     def progress(self, done: int, total: int | None, unit: str = "clips", **metrics: float) -> None:
@@ -47,6 +60,7 @@ class Console:
             self._first = (now, done)
         line = _progress_line(done, total, unit, (now - self._first[0], done - self._first[1]), metrics)
         complete = total is not None and done >= total
+        self._listener(self._title, line)
         if self._rich.is_terminal:
             self._renew(line, now, complete)
         elif line != self._last_line and (complete or now - self._last_shown >= PLAIN_LINE_SECONDS):

@@ -75,14 +75,13 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
 def check_fits(settings: TrainSettings, data: StreamSettings, streams: int = 1) -> None:
     """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and so many data streams at once need.
 
-    A stream that must wait for data nodes is only warned of: an autoscaler may start them.
+    A cluster that scales counts with every node that its autoscaler may start. A stream that must wait for data nodes
+    is only warned of: an autoscaler may start them.
     """
-    import ray
-
     from beats_ray.data.stream import required_cpus, warn_without_data_nodes
 
     warn_without_data_nodes(data)
-    total = ray.cluster_resources()
+    total = most_resources()
     reading = streams * required_cpus(data)
     workers = settings.min_workers
     what = "the data stream" if streams == 1 else f"{streams} data streams"
@@ -98,6 +97,16 @@ def check_fits(settings: TrainSettings, data: StreamSettings, streams: int = 1) 
             f"train.num_workers={workers} with use_gpu needs as many GPUs; the cluster has "
             f"{total.get('GPU', 0.0):g}; lower num_workers or set train.use_gpu=false"
         )
+
+
+def most_resources() -> dict[str, float]:
+    """What the cluster has, or would have with all the nodes that its autoscaler may start: CPU, GPU, and others."""
+    import ray
+    from ray._private.state import state  # where Ray Train looks before it asks for workers
+
+    present = ray.cluster_resources()
+    possible = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(present.get(name, 0.0), possible.get(name, 0)) for name in {*present, *possible}}
 
 
 @contextlib.contextmanager

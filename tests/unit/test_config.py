@@ -12,7 +12,8 @@ from beats_ray.config import ConfigError, IterateConfig, PretrainConfig, SweepCo
 pytestmark = pytest.mark.unit
 
 JOBS = Path(__file__).parents[2] / "jobs"
-KINDS = {"prepare": config.PrepareConfig} | {name: command.kind for name, command in COMMANDS.items()}
+KINDS: dict[str, type[config.Section]] = {"prepare": config.PrepareConfig, "embed": config.EmbedConfig}
+KINDS |= {name: command.kind for name, command in COMMANDS.items()}
 KIND_OF_FILE = {"cross": "cross-validate", "tokenizer": "train-tokenizer"}
 
 
@@ -25,7 +26,7 @@ def failure(kind: type[config.Section], *overrides: str) -> str:
 
 
 def job_files() -> list[Path]:
-    return sorted(JOBS.glob("*.yaml"))
+    return sorted(path for path in JOBS.glob("*.yaml") if path.name != "runtime-env.yaml")
 
 
 def test_an_entry_that_has_sections_is_set_by_its_name_and_taken_out_by_null() -> None:
