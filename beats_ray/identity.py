@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beats_ray.config import EvaluateConfig, InferenceSettings, Job, TokenizeConfig, UserError, fingerprint
-from beats_ray.data.manifest import read_manifest, shards_fingerprint
+from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_fingerprint
 from beats_ray.data.storage import open_place
 from beats_ray.inference import model_sha256
 from beats_ray.train.extras import identity_of_extras
@@ -69,7 +69,12 @@ def content_keys(config: Any) -> dict[str, str]:
 
 def data_key(path: str) -> str:
     """Changes with any clip of a prepared data set."""
-    return f"shards {shards_fingerprint(read_manifest(open_place(path)))[:16]}"
+    return manifest_key(read_manifest(open_place(path)))
+
+
+def manifest_key(manifest: DatasetManifest) -> str:
+    """The same of a data set whose manifest has been read."""
+    return f"shards {shards_fingerprint(manifest)[:16]}"
 
 
 def model_key(path: str) -> str:

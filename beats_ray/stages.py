@@ -35,7 +35,7 @@ from beats_ray.config import (
 )
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
-from beats_ray.identity import data_key, model_key, run_identity
+from beats_ray.identity import data_key, manifest_key, model_key, run_identity
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 
 
@@ -105,7 +105,7 @@ class _Graph:
     def __init__(self, config: IterateConfig, manifest: DatasetManifest) -> None:
         self._config = config
         self._manifest = manifest
-        self._data = data_key(config.data.path)
+        self._data = manifest_key(manifest)
         self._run = open_place(config.output)
         self.stages: list[Stage] = []
         self._tasks = {name: _read_task(name, task) for name, task in config.tasks.items()}
