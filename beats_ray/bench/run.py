@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from beats_ray.bench.cases import BENCHES, Case, Step
+from beats_ray.bench.cases import BENCHES, Case, Cost, Step
+from beats_ray.bench.floor import find_floors, show_floors
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
 
@@ -26,6 +27,8 @@ class Measured:
     peak_mib: float
     """Beyond what the process held before the model was built (CPU), or all that was allocated (GPU)."""
     clips_per_step: int
+    cost: Cost | None = None
+    """By formula, of a step."""
 
     @property
     def median_ms(self) -> float:
@@ -51,6 +54,7 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
     starts: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks = {case.name: 0.0 for case in cases}
     clips = {case.name: 0 for case in cases}
+    costs: dict[str, Cost | None] = {}
     for turn in range(config.rounds):
         for case in cases:
             tell(f"round {turn + 1}/{config.rounds}: {case.name}")
@@ -59,8 +63,10 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
             starts[case.name] += found["start_ms"]
             peaks[case.name] = max(peaks[case.name], found["peak_mib"])
             clips[case.name] = found["clips"]
+            costs[case.name] = found["cost"]
     measured = [
-        Measured(case.name, times[case.name], starts[case.name], peaks[case.name], clips[case.name]) for case in cases
+        Measured(name, times[name], starts[name], peaks[name], clips[name], costs[name])
+        for name in (case.name for case in cases)
     ]
     _show(config, measured, console, as_json)
     return measured
@@ -69,9 +75,8 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
 def _describe(config: BenchConfig) -> str:
     threads = f", {config.threads} threads" if config.device == "cpu" else ""
     clips = f"{config.num_clips} clips of {config.seconds:g} s"
-    model = (
-        f"{config.preset} encoder, {config.precision}, " if config.name in ("checkpoint", "encoder", "pretrain") else ""
-    )
+    has_model = config.name in ("ceilings", "checkpoint", "encoder", "pretrain")
+    model = f"{config.preset} encoder, {config.precision}, " if has_model else ""
     return f"{model}{clips}, {config.device}{threads}"
 
 
@@ -91,7 +96,11 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console, as_js
     reference = measured[0]
     if as_json:
         rows = [asdict(one) | {"median_ms": one.median_ms, "clips_per_s": one.clips_per_s} for one in measured]
-        print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows}))
+        floors = {"floors": [asdict(one) for one in find_floors(measured)]} if config.name == "ceilings" else {}
+        print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows} | floors))
+        return
+    if config.name == "ceilings":
+        show_floors(measured, console)
         return
     table = [
         (
@@ -150,7 +159,13 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     pairs = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
     times, starts = [work for work, _ in pairs], [start for _, start in pairs]
     sender.send(
-        {"step_ms": times, "start_ms": starts, "peak_mib": (_peak_bytes(config) - before) / MIB, "clips": clips}
+        {
+            "step_ms": times,
+            "start_ms": starts,
+            "peak_mib": (_peak_bytes(config) - before) / MIB,
+            "clips": clips,
+            "cost": None if case.cost is None else case.cost(config),
+        }
     )
     sender.close()
 

@@ -124,9 +124,9 @@ def test_throttled_storage_gives_so_much_and_no_more() -> None:
 
 
 def test_a_checkpoint_counts_only_when_it_is_written() -> None:
-    quick = config_of(hourly_preemption=0.2, checkpoint_gib=0.1)
-    slow = config_of(hourly_preemption=0.2, checkpoint_gib=20_000.0)  # a quarter of an hour at 108 MiB/s and worker
-    assert run(slow).redone > 2.0 * run(quick).redone
+    written_at_once = config_of(checkpoint_gib=0.1)
+    for_eight_minutes = config_of(checkpoint_gib=8 * 60 * 108.0 * 8 * NODES / 1024)  # as often, its interval is longer
+    assert run(for_eight_minutes, minutes=10.0).redone > 1.6 * run(written_at_once, minutes=10.0).redone
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
