@@ -1,6 +1,6 @@
 """`beats-ray plan`: how long a run of all iterations takes on a cluster, what it needs there, and what it costs.
 
-    estimates = estimate_run(config, rows, manifest)
+    estimates = estimate_run(config, rows)
     sum(one.hours for one in estimates)
 
 A stage goes as fast as the slowest of four: its workers (model FLOPs over what a GPU sustains), the cores that decode,
@@ -16,10 +16,20 @@ from typing import Literal
 from beats_ray.capacity.intervals import daly_interval, expected_goodput, mtbf_seconds
 from beats_ray.capacity.settings import ClusterSettings, MeasuredSettings, PlanConfig
 from beats_ray.capacity.sizing import DataPlane, Load, cache_mib, clips_of_a_block, coordinator_limit, data_plane
-from beats_ray.config import ConfigError, EvaluateConfig, SweepConfig, TokenizeConfig, TrainSettings
+from beats_ray.config import (
+    ConfigError,
+    CrossValidateConfig,
+    EvaluateConfig,
+    Job,
+    StreamSettings,
+    SweepConfig,
+    TokenizeConfig,
+    TrainSettings,
+    replace,
+)
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest, RowGroup, Shard
 from beats_ray.data.plan import build_plan
-from beats_ray.iterate_plan import Row, training_of
+from beats_ray.iterate_plan import Row, Training, training_of
 from beats_ray.models.config import FBANK_MEAN, FBANK_STD
 
 HOUR_SECONDS = 3600.0
@@ -46,7 +56,9 @@ class Work:
     train: TrainSettings | None = None
     """Of a stage that trains."""
     parallel_runs: int = 1
-    """Trials at one time, each with its share of the workers."""
+    """Trials, or folds, at one time, each with its share of the workers."""
+    bytes_per_clip: float = 0.0
+    """In the shards."""
 
     @property
     def audio_hours(self) -> float:
@@ -102,61 +114,80 @@ def planned_manifest(config: PlanConfig) -> DatasetManifest:
     )
 
 
-def work_of(row: Row, config: PlanConfig, manifest: DatasetManifest) -> Work | None:
+def as_planned(config: PlanConfig) -> PlanConfig:
+    """The run on that data set, which has no parts to be named; tasks, which read sets of their own, are left out."""
+    return replace(config, {"data.folds": [], "data.splits": [], "finetune.folds": {}, "tasks": {}})
+
+
+def work_of(row: Row, config: PlanConfig) -> Work | None:
     """The stage in figures; None where no model runs or nothing is left to do."""
-    job, training = row.stage.job, training_of(row.stage)
+    stage, job = row.stage, row.stage.job
     if not row.clips or not row.flops:
         return None
-    if training is not None:
-        _, section, trial = training
-        parallel = config.sweep.max_concurrent_trials if isinstance(job, SweepConfig) else 1
+    manifest, training = stage.manifest, training_of(stage)
+    bytes_per_clip = sum(shard.bytes for shard in manifest.shards) / max(manifest.clips, 1)
+    if training is None:
+        assert isinstance(job, TokenizeConfig | EvaluateConfig), stage.label
         return Work(
-            label=row.stage.label,
-            setting=f"{section}.train.num_workers",
+            label=stage.label,
+            setting="inference.num_workers",
             clips=row.clips,
-            clip_seconds=config.data.clip_seconds,
+            clip_seconds=manifest.seconds / max(manifest.clips, 1),
             flops=row.flops,
-            workers=trial.train.max_workers * parallel,
-            cpus_per_worker=trial.train.cpus_per_worker,
-            clips_per_block=clips_of_a_block(
-                trial.train.max_workers, trial.train.micro_batch_size, config.data.clip_seconds
-            ),
-            cached_seconds=_seconds_read(config, manifest) if isinstance(job, SweepConfig) else None,
-            train=trial.train,
-            parallel_runs=parallel,
+            workers=job.num_workers,
+            cpus_per_worker=1.0,
+            clips_per_block=None,
+            bytes_per_clip=bytes_per_clip,
         )
-    assert isinstance(job, TokenizeConfig | EvaluateConfig), row.stage.label
+    train, data = training.config.train, training.config.data
+    parallel = _parallel_runs(job, training, config.cluster)
+    shares_clips = isinstance(job, SweepConfig | CrossValidateConfig)
     return Work(
-        label=row.stage.label,
-        setting="inference.num_workers",
+        label=stage.label,
+        setting=f"{training.section}.train.num_workers",
         clips=row.clips,
-        clip_seconds=manifest.seconds / max(manifest.clips, 1),
+        clip_seconds=data.clip_seconds,
         flops=row.flops,
-        workers=job.num_workers,
-        cpus_per_worker=1.0,
-        clips_per_block=None,
+        workers=train.max_workers * parallel,
+        cpus_per_worker=train.cpus_per_worker,
+        clips_per_block=clips_of_a_block(train.max_workers, train.micro_batch_size, data.clip_seconds),
+        cached_seconds=_seconds_read(data, manifest) if shares_clips else None,
+        train=train,
+        parallel_runs=parallel,
+        bytes_per_clip=bytes_per_clip,
     )
 
 
-def _seconds_read(config: PlanConfig, manifest: DatasetManifest) -> float:
-    """Of sound in the folds and splits that the run reads."""
-    plan = build_plan(manifest, folds=config.data.folds, splits=config.data.splits)
+def _parallel_runs(job: Job | None, training: Training, cluster: ClusterSettings) -> int:
+    """Trials of a sweep, or folds and seeds, at one time."""
+    if isinstance(job, SweepConfig):
+        return min(job.sweep.max_concurrent_trials, training.runs)
+    if isinstance(job, CrossValidateConfig):
+        room = training.runs
+        if cluster.max_worker_nodes is not None:
+            room = cluster.max_worker_nodes * cluster.workers_per_node // training.config.train.max_workers
+        return max(1, min(training.runs, room, job.cross_validation.max_concurrent_runs or training.runs))
+    return 1
+
+
+def _seconds_read(data: StreamSettings, manifest: DatasetManifest) -> float:
+    """Of sound in the folds and splits that a run reads."""
+    plan = build_plan(manifest, folds=data.folds, splits=data.splits)
     return manifest.seconds * sum(group.clips for group in plan.row_groups) / max(manifest.clips, 1)
 
 
-def estimate_run(config: PlanConfig, rows: list[Row], manifest: DatasetManifest) -> list[Estimate]:
+def estimate_run(config: PlanConfig, rows: list[Row]) -> list[Estimate]:
     """An estimate for each stage that has work left. ConfigError where the cluster has too few nodes for one."""
-    works = [work for row in rows if (work := work_of(row, config, manifest)) is not None]
-    bytes_per_clip = sum(shard.bytes for shard in manifest.shards) / max(manifest.clips, 1)
-    return [estimate(work, config, bytes_per_clip) for work in works]
+    works = [work for row in rows if (work := work_of(row, config)) is not None]
+    return [estimate(work, config) for work in works]
 
 
-def estimate(work: Work, config: PlanConfig, bytes_per_clip: float) -> Estimate:
+def estimate(work: Work, config: PlanConfig) -> Estimate:
     """What one stage takes on `config.cluster`. ConfigError where that has too few nodes."""
     cluster, measured = config.cluster, config.measured
     worker_nodes = _worker_nodes(work, cluster)
     wanted = work.workers * cluster.tflops_per_worker * 1e12 / (work.flops / work.clips)
-    load = Load(wanted, work.clip_seconds, bytes_per_clip, work.workers, work.clips_per_block)
+    load = Load(wanted, work.clip_seconds, work.bytes_per_clip, work.workers, work.clips_per_block)
     needs = data_plane(load, config.data.buffer_mib, measured)
     limits: dict[Limit, float] = {"GPUs": wanted}
     data_nodes = 0
@@ -195,7 +226,7 @@ def _worker_nodes(work: Work, cluster: ClusterSettings) -> int:
         raise ConfigError(
             f"cluster.max_worker_nodes={cluster.max_worker_nodes} nodes of {cluster.workers_per_node} workers have no "
             f"room for the {work.workers} workers of {work.label}; use {nodes}, or lower {work.setting}"
-            f"{' or sweep.max_concurrent_trials' if work.parallel_runs > 1 else ''} so that at most {room} run"
+            f"{' or the runs at one time' if work.parallel_runs > 1 else ''} so that at most {room} run"
         )
     return nodes
 

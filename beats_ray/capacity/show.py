@@ -5,10 +5,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from beats_ray.capacity.plan import Estimate, estimate_run, planned_manifest
+from beats_ray.capacity.plan import Estimate, as_planned, estimate_run, planned_manifest
 from beats_ray.capacity.settings import PlanConfig
 from beats_ray.capacity.sizing import MIB
-from beats_ray.config import ConfigError, read_values, replace, validate
+from beats_ray.config import ConfigError, read_values, validate
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.iterate_plan import inspect, plan_new_run, plan_stages
@@ -33,28 +33,26 @@ def show_plan(
         more += error.mistakes
     if config is None or lines or more:
         return list(dict.fromkeys(lines + more))
-    manifest = None
+    planned = None
+    left_out: tuple[str, ...] = ()
     if config.planned_data.hours is not None:
-        manifest = planned_manifest(config)
-        whole: dict[str, Any] = {
-            "data.folds": [],
-            "data.splits": [],
-            "finetune.folds": {},
-        }  # it has no parts that could be named
-        config = replace(config, whole)
-    found = inspect(config, manifest)
+        planned = planned_manifest(config)
+        left_out = tuple(config.tasks)
+        config = as_planned(config)
+    found = inspect(config, planned)
     if found.mistakes:
         return list(dict.fromkeys(map(str, found.mistakes)))
-    assert found.manifest is not None
-    rows = plan_stages(found.stages, found.manifest) if manifest is None else plan_new_run(found.stages, found.manifest)
+    rows = plan_stages(found.stages) if planned is None else plan_new_run(found.stages)
     try:
-        estimates = estimate_run(config, rows, found.manifest)
+        estimates = estimate_run(config, rows)
     except ConfigError as error:
         return list(error.mistakes)
     if as_json:
         print(json.dumps(_as_json(estimates, config)))
     else:
-        _print(estimates, config, found.manifest, console)
+        _print(estimates, config, found.stages[0].manifest, console)
+        if left_out:
+            console.note(f"left out: tasks {', '.join(left_out)}, which can be planned once their data are prepared")
     return []
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from beats_ray import cli
 from beats_ray.capacity.intervals import expected_goodput, mtbf_seconds
-from beats_ray.capacity.plan import Estimate, Work, estimate, estimate_run, planned_manifest
+from beats_ray.capacity.plan import Estimate, Work, as_planned, estimate, estimate_run, planned_manifest
 from beats_ray.capacity.settings import MeasuredSettings, PlanConfig
 from beats_ray.capacity.show import remarks
 from beats_ray.capacity.sizing import Load, cache_mib, clips_of_a_block, coordinator_limit, data_plane
@@ -23,6 +23,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 PLANNED = ["planned_data.hours=1000", "planned_data.num_classes=527"]
 PRICES = ["cluster.worker_node_price=30", "cluster.data_node_price=2", "cluster.head_node_price=1",
           "cluster.prices_as_of=2026-11-24"]  # fmt: skip
+NO_TASKS = [f"tasks.{name}=null" for name in ("audioset-2m", "audioset-20k", "esc50")]
 FED = ["measured.coordinator_ms_per_block=0.001"]
 """A coordinator that never holds anything up."""
 
@@ -42,12 +43,12 @@ WORK = Work(
     cpus_per_worker=4.0,
     clips_per_block=20,
     train=TRAIN,
+    bytes_per_clip=160_000.0,
 )
-CLIP_BYTES = 160_000.0
 
 
 def estimate_of(*overrides: str, work: Work = WORK) -> Estimate:
-    return estimate(work, config_of(*overrides), CLIP_BYTES)
+    return estimate(work, config_of(*overrides))
 
 
 # --- sizing -----------------------------------------------------------------------------------------------------------
@@ -158,10 +159,9 @@ def test_too_few_nodes_are_named_with_what_would_fit() -> None:
 
 def estimates_of(config: PlanConfig) -> dict[str, Estimate]:
     manifest = planned_manifest(config)
-    found = inspect(config, manifest)
+    found = inspect(as_planned(config), manifest)
     assert not found.mistakes
-    rows = plan_new_run(found.stages, manifest)
-    return {one.work.label: one for one in estimate_run(config, rows, manifest)}
+    return {one.work.label: one for one in estimate_run(config, plan_new_run(found.stages))}
 
 
 def test_a_planned_data_set_has_its_hours_and_bytes() -> None:
@@ -172,14 +172,15 @@ def test_a_planned_data_set_has_its_hours_and_bytes() -> None:
 
 
 def test_every_stage_that_computes_is_there_with_its_own_workers() -> None:
-    stages = estimates_of(config_of())
+    config = config_of(*NO_TASKS, "sweep.num_trials=8", "sweep.max_concurrent_trials=3")
+    stages = estimates_of(config)
     assert list(stages) == [
         f"iteration {iteration} {name}"
         for iteration in (1, 2, 3)
         for name in (["tokenizer", "labels"] if iteration > 1 else []) + ["pretrain", "sweep"]
     ]
     assert [stages[f"iteration 2 {name}"].work.workers for name in ("tokenizer", "labels", "pretrain", "sweep")] == [
-        14, 16, 16, 8,
+        14, 16, 16, 3,
     ]  # fmt: skip
     labels = stages["iteration 2 labels"].work
     assert labels.audio_hours == pytest.approx(1000)
@@ -187,7 +188,8 @@ def test_every_stage_that_computes_is_there_with_its_own_workers() -> None:
     sweep = stages["iteration 1 sweep"]
     assert sweep.needs.object_store_mib == pytest.approx(cache_mib(3_600_000))
     assert sweep.needs.decode_cores == 0.0
-    assert sweep.work.clips == 8 * 80_000 * 80
+    train = config.finetune.train
+    assert sweep.work.clips == 8 * train.steps * train.global_batch_size
 
 
 def test_a_plan_says_what_holds_its_stages_up_once() -> None:
@@ -198,6 +200,29 @@ def test_a_plan_says_what_holds_its_stages_up_once() -> None:
     assert any("pretrain.train.checkpoint_every_steps=100000; by Daly's formula" in line for line in lines)
     fed = config_of(*FED)
     assert len(remarks(list(estimates_of(fed).values()), fed)) == 1
+
+
+def test_a_task_is_planned_by_its_own_data_and_its_runs_at_one_time(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", ())
+    task = {"data": {"path": str(tmp_path / "task"), "clip_seconds": 2}, "protocol": "cross-validate"}
+    write_dataset(tmp_path / "task", ("a", "b", "c"))
+    overrides = ["iterations=1", f"data.path={tmp_path / 'data'}", "pretrain.encoder.preset=tiny"]
+    tasks = {"tasks": {"esc": task}, "output": str(tmp_path / "run")}
+
+    def estimated(*more: str) -> Estimate:
+        config = load_config(PlanConfig, None, [*overrides, *more], **tasks)
+        found = inspect(config)
+        assert not found.mistakes
+        return estimate_run(config, plan_new_run(found.stages))[-1]
+
+    found = estimated()
+    train = PlanConfig(output="-").finetune.train
+    assert found.work.label == "iteration 1 cross-validate-esc"
+    assert found.work.setting == "tasks.esc.finetune.train.num_workers"
+    assert found.work.clips == 4 * train.steps * train.global_batch_size  # a run for each of four folds
+    assert found.work.workers == 4 * train.max_workers
+    assert found.needs.object_store_mib == pytest.approx(cache_mib(80.0))
+    assert estimated("cluster.max_worker_nodes=1", "cluster.workers_per_node=3").work.parallel_runs == 3
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -222,6 +247,7 @@ def test_the_command_prints_hours_needs_and_cost(capsys: pytest.CaptureFixture[s
     assert "Plan for 1,000.0 h of sound, 360,000 clips" in out
     assert "prices as of 2026-11-24" in out
     assert "coordinator gives 16%" in out
+    assert "left out: tasks audioset-2m, audioset-20k, esc50" in out
 
 
 def test_a_cluster_s_file_is_put_on_top_and_overrides_on_top_of_that(
@@ -238,8 +264,8 @@ def test_a_cluster_s_file_is_put_on_top_and_overrides_on_top_of_that(
 def test_a_prepared_data_set_is_read_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", ("a", "b", "c"))
     before = sorted(tmp_path.rglob("*"))
-    places = [f"data.path={tmp_path / 'data'}", f"output={tmp_path / 'run'}", "data.clip_seconds=2"]
-    found = as_json(capsys, *places)
+    places = [f"data.path={tmp_path / 'data'}", f"output={tmp_path / 'run'}", "data.clip_seconds=2", "data.splits=[]"]
+    found = as_json(capsys, *places, *NO_TASKS)
     labels = {one["label"]: one["audio_hours"] for one in found["stages"]}
     assert labels["iteration 2 labels"] == pytest.approx(80 / 3600)
     assert sorted(tmp_path.rglob("*")) == before
