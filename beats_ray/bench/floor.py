@@ -3,15 +3,18 @@
     beats-ray bench ceilings clips=4 repetitions=2 rounds=1
 
 The floor of a step is the longer of two times: its FLOPs at the rate of a large matrix product, and its bytes at the
-rate of a copy in memory, both measured in the same run. A stage under its floor would show a wrong formula.
+rate of a copy in memory, both measured in the same run. A stage under its floor would show a wrong formula. On a CPU
+the same is said by CPU time too, ceilings included, which other work on the machine does not stretch.
 """
 
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from beats_ray.console import Console
 
 if TYPE_CHECKING:
+    from beats_ray.bench.cases import Cost
     from beats_ray.bench.run import Measured
 
 
@@ -25,6 +28,8 @@ class Floor:
     floor_ms: float
     bound_by: Literal["compute", "memory"]
     measured_ms: float
+    reached_by_cpu_time: float
+    """Share of the possible speed, floor and stage in CPU time."""
 
     @property
     def reached(self) -> float:
@@ -34,11 +39,12 @@ class Floor:
 
 def find_floors(measured: "list[Measured]") -> list[Floor]:
     """Of all cases after the first two, which are the ceilings: a matrix product and a copy."""
-    flops_per_ms, bytes_per_ms = _ceilings(measured)
+    ceilings, cpu_ceilings = _ceilings(measured), _ceilings(measured, by_cpu_time=True)
     floors = []
     for one in measured[2:]:
         assert one.cost is not None, one.case
-        compute_ms, memory_ms = one.cost.flops / flops_per_ms, one.cost.bytes / bytes_per_ms
+        compute_ms, memory_ms = (amount / rate for amount, rate in zip(_amounts(one.cost), ceilings, strict=True))
+        cpu_floor_ms = max(amount / rate for amount, rate in zip(_amounts(one.cost), cpu_ceilings, strict=True))
         floors.append(
             Floor(
                 case=one.case,
@@ -47,39 +53,39 @@ def find_floors(measured: "list[Measured]") -> list[Floor]:
                 floor_ms=max(compute_ms, memory_ms) / one.clips_per_step,
                 bound_by="compute" if compute_ms >= memory_ms else "memory",
                 measured_ms=one.median_ms / one.clips_per_step,
+                reached_by_cpu_time=cpu_floor_ms / statistics.median(one.cpu_ms),
             )
         )
     return floors
 
 
-def show_floors(measured: "list[Measured]", console: Console) -> None:
+def _amounts(cost: "Cost") -> tuple[float, float]:
+    return cost.flops, cost.bytes
+
+
+def show_floors(measured: "list[Measured]", console: Console, by_cpu_time: bool) -> None:
     """Prints the ceilings, then every stage beside its floor."""
-    flops_per_ms, bytes_per_ms = _ceilings(measured)
-    console.note(
-        f"ceilings: {flops_per_ms / 1e6:,.0f} GFLOP/s in a matrix product, {bytes_per_ms / 1e6:,.1f} GB/s copied"
-    )
-    rows = [
-        (
-            one.case,
-            _three_digits(one.gflop),
-            _three_digits(one.mib),
-            _three_digits(one.floor_ms),
-            one.bound_by,
-            _three_digits(one.measured_ms),
-            f"{one.reached:.0%}",
-        )
-        for one in find_floors(measured)
-    ]
-    columns = ["a clip", "GFLOP", "MiB", "floor, ms", "bound by", "measured, ms", "of what is possible"]
-    console.table("bench ceilings", columns, rows)
+    for clock in ("wall", "CPU")[: 1 + by_cpu_time]:
+        flops_per_ms, bytes_per_ms = _ceilings(measured, by_cpu_time=clock == "CPU")
+        product, copy = f"{flops_per_ms / 1e6:,.0f} GFLOP/s", f"{bytes_per_ms / 1e6:,.1f} GB/s"
+        console.note(f"ceilings by {clock} time: {product} in a matrix product, {copy} read and written in a copy")
+    rows = []
+    for one in find_floors(measured):
+        figures = [one.gflop, one.mib, one.floor_ms, one.measured_ms]
+        shares = [one.reached, one.reached_by_cpu_time][: 1 + by_cpu_time]
+        rows.append([one.case, *map(_three_digits, figures), one.bound_by, *(f"{share:.0%}" for share in shares)])
+    columns = ["a clip", "GFLOP", "MiB", "floor, ms", "measured, ms", "bound by"]
+    reached = ["of what is possible", "by CPU time"][: 1 + by_cpu_time]
+    console.table("bench ceilings", [*columns, *reached], rows)
 
 
-def _ceilings(measured: "list[Measured]") -> tuple[float, float]:
+def _ceilings(measured: "list[Measured]", by_cpu_time: bool = False) -> tuple[float, float]:
     """(FLOP, bytes) in a millisecond. The fastest repetitions count: a ceiling is what was possible."""
     product, copy = measured[:2]
     assert product.cost is not None
     assert copy.cost is not None
-    return product.cost.flops / min(product.step_ms), copy.cost.bytes / min(copy.step_ms)
+    product_ms, copy_ms = (one.cpu_ms if by_cpu_time else one.step_ms for one in (product, copy))
+    return product.cost.flops / min(product_ms), copy.cost.bytes / min(copy_ms)
 
 
 def _three_digits(value: float) -> str:

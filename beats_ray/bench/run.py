@@ -24,6 +24,8 @@ class Measured:
     """Without the start."""
     start_ms: list[float]
     """Until the first result, where a step has one before its end."""
+    cpu_ms: list[float]
+    """CPU time of the process in each step, of all threads: what other work on the machine does not change."""
     peak_mib: float
     """Beyond what the process held before the model was built (CPU), or all that was allocated (GPU)."""
     clips_per_step: int
@@ -52,6 +54,7 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
         tell(f"left out, package not installed: {', '.join(left_out)}")
     times: dict[str, list[float]] = {case.name: [] for case in cases}
     starts: dict[str, list[float]] = {case.name: [] for case in cases}
+    cpu_times: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks = {case.name: 0.0 for case in cases}
     clips = {case.name: 0 for case in cases}
     costs: dict[str, Cost | None] = {}
@@ -61,11 +64,12 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
             found = _in_a_process(case, config)
             times[case.name] += found["step_ms"]
             starts[case.name] += found["start_ms"]
+            cpu_times[case.name] += found["cpu_ms"]
             peaks[case.name] = max(peaks[case.name], found["peak_mib"])
             clips[case.name] = found["clips"]
             costs[case.name] = found["cost"]
     measured = [
-        Measured(name, times[name], starts[name], peaks[name], clips[name], costs[name])
+        Measured(name, times[name], starts[name], cpu_times[name], peaks[name], clips[name], costs[name])
         for name in (case.name for case in cases)
     ]
     _show(config, measured, console, as_json)
@@ -100,7 +104,7 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console, as_js
         print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows} | floors))
         return
     if config.name == "ceilings":
-        show_floors(measured, console)
+        show_floors(measured, console, by_cpu_time=config.device == "cpu")
         return
     table = [
         (
@@ -156,12 +160,13 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     before = _peak_bytes(config)
     step = case.build(config)
     clips = config.num_clips
-    pairs = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
-    times, starts = [work for work, _ in pairs], [start for _, start in pairs]
+    timed = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
+    times, starts, cpu_times = (list(column) for column in zip(*timed, strict=True))
     sender.send(
         {
             "step_ms": times,
             "start_ms": starts,
+            "cpu_ms": cpu_times,
             "peak_mib": (_peak_bytes(config) - before) / MIB,
             "clips": clips,
             "cost": None if case.cost is None else case.cost(config),
@@ -170,15 +175,16 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     sender.close()
 
 
-def _timed(step: Step, config: BenchConfig) -> tuple[float, float]:
-    """Milliseconds of the work and, before it, of the start."""
-    started = time.perf_counter()
+def _timed(step: Step, config: BenchConfig) -> tuple[float, float, float]:
+    """Milliseconds of the work, of the start before it, and of CPU time in both."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     start = step() or 0.0
     if config.device == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0
+    cpu = time.process_time() - cpu_started
+    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0, cpu * 1000.0
 
 
 def _peak_bytes(config: BenchConfig) -> int:

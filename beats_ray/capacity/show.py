@@ -57,9 +57,13 @@ def show_plan(
 
 
 def _as_json(estimates: list[Estimate], config: PlanConfig) -> dict[str, Any]:
-    stages = [asdict(one) | {"label": one.work.label, "audio_hours": one.work.audio_hours} for one in estimates]
-    for one in stages:
-        del one["work"]
+    stages = []
+    for one in estimates:
+        values = asdict(one) | {"label": one.work.label, "audio_hours": one.work.audio_hours}
+        if math.isinf(one.hours):  # which JSON has no number for
+            values |= {"hours": None, "cost": None}
+        del values["work"]
+        stages.append(values)
     settings = {name: getattr(config, name).model_dump(mode="json") for name in ("cluster", "planned_data", "measured")}
     return settings | {"stages": stages}
 

@@ -94,17 +94,18 @@ def test_masking_saves_both_and_a_backward_pass_costs_both() -> None:
 
 
 def test_a_floor_is_the_longer_of_two_times_at_the_fastest_ceilings() -> None:
-    def case(name: str, cost: Cost, *step_ms: float) -> Measured:
-        return Measured(name, list(step_ms), [0.0], 0.0, clips_per_step=2, cost=cost)
+    def case(name: str, cost: Cost, *step_ms: float, cpu_ms: float) -> Measured:
+        return Measured(name, list(step_ms), [0.0], [3 * cpu_ms, cpu_ms, cpu_ms], 0.0, clips_per_step=2, cost=cost)
 
     floors = find_floors(
         [
-            case("product", Cost(1e9, 0.0), 12.0, 10.0, 20.0),  # 1e8 FLOP in a millisecond
-            case("copy", Cost(0.0, 2e8), 25.0, 20.0, 30.0),  # 1e7 bytes
-            case("by FLOPs", Cost(4e8, 1e7), 20.0),
-            case("by bytes", Cost(1e8, 8e7), 10.0, 20.0, 90.0),
+            case("product", Cost(1e9, 0.0), 12.0, 10.0, 20.0, cpu_ms=5.0),  # 1e8 FLOP in a millisecond; 2e8 of CPU time
+            case("copy", Cost(0.0, 2e8), 25.0, 20.0, 30.0, cpu_ms=20.0),  # 1e7 bytes
+            case("by FLOPs", Cost(4e8, 1e7), 20.0, cpu_ms=8.0),
+            case("by bytes", Cost(1e8, 8e7), 10.0, 20.0, 90.0, cpu_ms=16.0),
         ]
     )
+    assert [one.reached_by_cpu_time for one in floors] == [pytest.approx(0.25), pytest.approx(0.5)]
     assert [(one.case, one.bound_by) for one in floors] == [("by FLOPs", "compute"), ("by bytes", "memory")]
     assert [one.floor_ms for one in floors] == [pytest.approx(2.0), pytest.approx(4.0)]  # for each of two clips
     assert [one.measured_ms for one in floors] == [10.0, 10.0]

@@ -261,6 +261,15 @@ def test_a_cluster_s_file_is_put_on_top_and_overrides_on_top_of_that(
     assert found["stages"][0]["worker_nodes"] == 8
 
 
+def test_a_stage_that_never_ends_has_no_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    hopeless = ["cluster.hourly_preemption=0.999", "measured.recovery_seconds=1e9"]
+    stage = as_json(capsys, *PLANNED, *PRICES, *hopeless)["stages"][0]
+    assert (stage["goodput"], stage["hours"], stage["cost"]) == (0.0, None, None)
+    status, out, _ = plan(capsys, *PLANNED, *PRICES, *hopeless)
+    assert status == 0
+    assert "never" in out
+
+
 def test_a_prepared_data_set_is_read_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", ("a", "b", "c"))
     before = sorted(tmp_path.rglob("*"))
