@@ -21,6 +21,7 @@ import click
 import yaml
 
 from beats_ray import __version__, config
+from beats_ray.capacity.settings import PlanConfig, SimulateConfig
 from beats_ray.config import Job, UserError, load_config
 from beats_ray.console import Console
 from beats_ray.errors import find_user_error
@@ -114,7 +115,9 @@ class _Group(click.Group):
     """Commands in the order of a project's life, and the nearest name for a mistyped one."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        others = ["predict", "embed", "import", "export", "report", "bench", "check-cluster"]
+        others = [
+            "predict", "embed", "import", "export", "report", "bench", "plan", "simulate", "check-cluster",
+        ]  # fmt: skip
         return ["demo", "prepare", *COMMANDS, *others]
 
     def resolve_command(
@@ -342,6 +345,34 @@ def check_cluster(paths: tuple[str, ...]) -> int:
         for line in found:
             click.echo(f"{line}: sound")
     return _complain_all(mistakes)
+
+
+@cli.command(epilog=_describe_fields(PlanConfig))
+@click.argument("arguments", metavar="CONFIG.yaml [section.field=value ...]", nargs=-1)
+@click.option("--cluster", metavar="FILE.yaml", help="Settings put on top of CONFIG: a cluster and its prices.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def plan(arguments: tuple[str, ...], cluster: str | None, as_json: bool) -> int:
+    """Say how long `iterate` takes on a cluster, what it needs there, and what it costs.
+
+    CONFIG is a config of `iterate`. A data set that is not prepared yet is described by planned_data.hours=5000.
+    """
+    paths, overrides = split_arguments(arguments)
+    if len(paths) > 1:
+        raise UserError(f"plan takes one config file, got {' '.join(paths)}; a cluster's settings go in --cluster FILE")
+    path = paths[0] if paths else None
+    return _complain_all(_load("capacity.show:show_plan")(path, overrides, cluster, as_json, Console()))
+
+
+@cli.command(epilog=_describe_fields(SimulateConfig))
+@click.argument("arguments", metavar="[CONFIG.yaml] [field=value ...]", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def simulate(arguments: tuple[str, ...], as_json: bool) -> None:
+    """Simulate a large run on spot nodes: goodput, distance between checkpoints, limits of the data plane."""
+    paths, overrides = split_arguments(arguments)
+    if len(paths) > 1:
+        raise UserError(f"simulate takes one config file, got {' '.join(paths)}")
+    settings = load_config(SimulateConfig, paths[0] if paths else None, overrides)
+    _load("capacity.simulate:run_simulate")(settings, Console(), as_json)
 
 
 @cli.command()

@@ -865,7 +865,7 @@ class EmbedConfig(Job, InferenceSettings):
 
 
 class BenchConfig(Section):
-    name: Literal["checkpoint", "data", "encoder", "fbank", "pretrain"]
+    name: Literal["ceilings", "checkpoint", "data", "encoder", "fbank", "pretrain"]
     """What is measured."""
     preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
     """Size of the encoder."""

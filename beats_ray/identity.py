@@ -19,7 +19,7 @@ from beats_ray.config import (
     UserError,
     fingerprint,
 )
-from beats_ray.data.manifest import read_manifest, shards_fingerprint
+from beats_ray.data.manifest import DatasetManifest, read_manifest, shards_fingerprint
 from beats_ray.data.storage import open_place
 from beats_ray.inference import model_sha256
 from beats_ray.train.extras import identity_of_extras
@@ -82,7 +82,11 @@ def data_key(path: str, reads_labels: bool = False) -> str:
     reads_labels: also with the names of its labels, their order, and whether a clip may have several; see
     `Job.reads_labels`. The shards hold numbers only.
     """
-    manifest = read_manifest(open_place(path))
+    return manifest_key(read_manifest(open_place(path)), reads_labels)
+
+
+def manifest_key(manifest: DatasetManifest, reads_labels: bool = False) -> str:
+    """The same of a data set whose manifest has been read."""
     key = f"shards {shards_fingerprint(manifest)[:16]}"
     if not reads_labels:
         return key

@@ -25,7 +25,7 @@ from beats_ray.config import (
     validate,
 )
 from beats_ray.console import Console
-from beats_ray.data.manifest import read_manifest
+from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.stage import differences, read_stage
 from beats_ray.stages import Stage, build_stages, fine_tuning_of
@@ -60,13 +60,16 @@ class Row:
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def inspect(config: IterateConfig) -> Inspection:
-    """The stages of a run, and everything that is wrong with it and needs no cluster to be seen."""
+def inspect(config: IterateConfig, planned: DatasetManifest | None = None) -> Inspection:
+    """The stages of a run, and everything that is wrong with it and needs no cluster to be seen.
+
+    planned: of a data set that is still to be prepared; by default `data.path` is looked at.
+    """
     from beats_ray.train.engine import deepspeed_config
     from beats_ray.tune.sweep import check_search
 
     mistakes: list[UserError] = []
-    manifest = attempt(lambda: read_manifest(open_place(config.data.path)), mistakes)
+    manifest = planned or attempt(lambda: read_manifest(open_place(config.data.path)), mistakes)
     if not config.tasks:
         attempt(lambda: check_search(config.finetune, config.sweep), mistakes)
     for name, task in config.tasks.items():
@@ -81,7 +84,8 @@ def inspect(config: IterateConfig) -> Inspection:
             attempt(lambda train=train: deepspeed_config(train, train.max_workers), own)  # type: ignore[misc]
             mistakes += [_in_section(name, one) for one in own]
         return Inspection([], mistakes)
-    look_at_data(config.data, manifest, mistakes)
+    if planned is None:
+        look_at_data(config.data, manifest, mistakes)
     stages = attempt(lambda: build_stages(config, manifest), mistakes)
     # Beside a wrong start, teacher or task, the settings are looked at as if the run had none.
     plain = config.model_copy(update={"start": StartSettings(), "teacher": ("pretrained",), "tasks": {}})
@@ -158,6 +162,11 @@ def plan_stages(stages: list[Stage]) -> list[Row]:
         clips, flops = _cost(stage, place)
         rows[stage.reference] = Row(stage, state, reason, clips, flops)
     return list(rows.values())
+
+
+def plan_new_run(stages: list[Stage]) -> list[Row]:
+    """The same of a run whose folder is empty; nothing is read."""
+    return [Row(stage, "runs", "new", *_cost(stage, None)) for stage in stages]
 
 
 def _state(stage: Stage, rows: Mapping[str, Row]) -> tuple[State, str]:

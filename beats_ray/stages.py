@@ -35,7 +35,7 @@ from beats_ray.config import (
 )
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, open_place
-from beats_ray.identity import data_key, model_key, run_identity
+from beats_ray.identity import manifest_key, model_key, run_identity
 from beats_ray.inference import TOKENIZER_KINDS, check_published
 
 
@@ -117,7 +117,7 @@ class _Graph:
                 "baselines",
                 "baselines without an encoder",
                 settings={},
-                data=data_key(config.data.path, reads_labels=True),
+                data=manifest_key(manifest, reads_labels=True),
             )
             self._probe(0, untrained)
         for name, task in config.tasks.items():
@@ -151,10 +151,10 @@ class _Graph:
 
     def _add(self, iteration: int, name: str, title: str, **fields: Any) -> Stage:
         job = fields.get("job")
+        fields = {"manifest": self._manifest} | fields
         if job is not None:
-            data = fields.pop("path", self._config.data.path)
-            fields |= {"settings": run_identity(job), "data": data_key(data, job.reads_labels)}
-        stage = Stage(iteration, name, title, self._folder(iteration, name), **{"manifest": self._manifest} | fields)
+            fields |= {"settings": run_identity(job), "data": manifest_key(fields["manifest"], job.reads_labels)}
+        stage = Stage(iteration, name, title, self._folder(iteration, name), **fields)
         self.stages.append(stage)
         return stage
 
@@ -305,7 +305,6 @@ class _Graph:
             job=job,
             task=task,
             manifest=manifest,
-            path=settings.data.path,
             models={"model" if settings.protocol == "probe" else "encoder": encoder},
             published=self._classifier(manifest) if settings.protocol in ("sweep", "finetune") else None,
             source=encoder.published,

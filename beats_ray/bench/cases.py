@@ -18,6 +18,16 @@ Step = Callable[[], float | None]
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a step needs at the least, by formula."""
+
+    flops: float
+    """Matrix products, convolutions and Fourier transforms; a multiplication and an addition are two."""
+    bytes: float
+    """To and from memory."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One row of a benchmark."""
 
@@ -25,13 +35,16 @@ class Case:
     build: Callable[[BenchConfig], Step]
     package: str = ""
     """What must be installed beyond our own dependencies."""
+    cost: Callable[[BenchConfig], Cost] | None = None
+    """Where the step is set beside its formula."""
 
     def available(self) -> bool:
         """Whether the case can run here."""
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 
-def _waves(config: BenchConfig) -> Any:
+def random_waves(config: BenchConfig) -> Any:
+    """wave_BS, the same for each case of a seed."""
     import torch
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -39,7 +52,8 @@ def _waves(config: BenchConfig) -> Any:
     return wave_BS.to(config.device)
 
 
-def _encoder(config: BenchConfig) -> Any:
+def seeded_encoder(config: BenchConfig) -> Any:
+    """The encoder of `config.preset`, with the weights of its seed, in training mode."""
     import torch
 
     from beats_ray.models import build_encoder
@@ -48,7 +62,7 @@ def _encoder(config: BenchConfig) -> Any:
     return build_encoder(config.preset).to(config.device).train()
 
 
-def _training_step(config: BenchConfig, module: Any, features: Callable[[], Any]) -> Step:
+def training_step(config: BenchConfig, module: Any, features: Callable[[], Any]) -> Step:
     """Forward and backward of a mean square, with the gradients kept as an optimizer would find them."""
     import torch
 
@@ -67,7 +81,7 @@ def _training_step(config: BenchConfig, module: Any, features: Callable[[], Any]
 def _batched_fbank(config: BenchConfig) -> Step:
     from beats_ray.models import compute_fbank
 
-    wave_BS = _waves(config)
+    wave_BS = random_waves(config)
     return lambda: (compute_fbank(wave_BS), None)[1]
 
 
@@ -75,7 +89,7 @@ def _kaldi_fbank(config: BenchConfig) -> Step:
     from beats_ray.bench.released_formula import per_clip_fbank
     from beats_ray.models import encoder_config
 
-    wave_BS, settings = _waves(config), encoder_config("tiny")
+    wave_BS, settings = random_waves(config), encoder_config("tiny")
     return lambda: (per_clip_fbank(wave_BS, settings), None)[1]
 
 
@@ -83,17 +97,17 @@ def _kaldi_fbank(config: BenchConfig) -> Step:
 
 
 def _our_encoder(config: BenchConfig, recompute_attention: bool = True) -> Step:
-    encoder, wave_BS = _encoder(config), _waves(config)
+    encoder, wave_BS = seeded_encoder(config), random_waves(config)
     encoder.encoder.recompute_attention = recompute_attention
-    return _training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
+    return training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
 
 
 def _formula_encoder(config: BenchConfig) -> Step:
     from beats_ray.bench.released_formula import FormulaEncoder
     from beats_ray.models import encoder_config
 
-    formula, wave_BS = FormulaEncoder(encoder_config(config.preset)).to(config.device), _waves(config)
-    return _training_step(config, formula, lambda: formula(wave_BS))
+    formula, wave_BS = FormulaEncoder(encoder_config(config.preset)).to(config.device), random_waves(config)
+    return training_step(config, formula, lambda: formula(wave_BS))
 
 
 def _openbeats_encoder(config: BenchConfig) -> Step:
@@ -105,9 +119,9 @@ def _openbeats_encoder(config: BenchConfig) -> Step:
 
     settings = release_settings(build_encoder(config.preset).config)
     theirs: Any = BeatsEncoder(0, beats_config=settings).to(config.device).train()
-    wave_BS = _waves(config)
+    wave_BS = random_waves(config)
     length_B = torch.full((config.num_clips,), wave_BS.shape[1], device=config.device)
-    return _training_step(config, theirs, lambda: theirs(wave_BS, length_B)[0])
+    return training_step(config, theirs, lambda: theirs(wave_BS, length_B)[0])
 
 
 # --- one step of masked pre-training ----------------------------------------------------------------------------------
@@ -119,13 +133,13 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
 
         from beats_ray.models import num_patches, sample_patch_mask
 
-        encoder = _encoder(config)
+        encoder = seeded_encoder(config)
         encoder.positions = positions
-        wave_BS = _waves(config)
+        wave_BS = random_waves(config)
         is_pad_BN = torch.zeros(config.num_clips, num_patches(wave_BS.shape[1]), dtype=torch.bool, device=config.device)
         generator = torch.Generator(config.device).manual_seed(config.seed)
         visible_BM = sample_patch_mask(is_pad_BN, 0.75, generator).visible_BM
-        return _training_step(
+        return training_step(
             config, encoder, lambda: encoder.features_from_waveform(wave_BS, visible_BM=visible_BM).features_BND
         )
 
@@ -142,7 +156,29 @@ def _lazily(name: str, module: str = "data_cases") -> Callable[[BenchConfig], St
     return build
 
 
+def _with_cost(name: str, key: str) -> Case:
+    """A case of `ceiling_cases`, which has its cost too."""
+
+    def cost(config: BenchConfig) -> Cost:
+        found: Cost = importlib.import_module("beats_ray.bench.costs").COSTS[key](config)
+        return found
+
+    return Case(name, _lazily(key, "ceiling_cases"), cost=cost)
+
+
 BENCHES: dict[str, tuple[Case, ...]] = {
+    "ceilings": (
+        _with_cost("matrix product", "matrix_product"),
+        _with_cost("copy in memory", "memory_copy"),
+        _with_cost("filterbank", "filterbank"),
+        _with_cost("encoder, forward", "encoder_forward"),
+        _with_cost("encoder, forward and backward", "encoder_step"),
+        _with_cost("the same, 75 % masked", "masked_encoder_step"),
+        _with_cost("labels, random projection", "random_labels"),
+        _with_cost("pre-training step, 75 % masked", "pretraining_step"),
+        _with_cost("tokenizer training step", "tokenizer_step"),
+        _with_cost("fine-tuning step, 527 classes", "finetuning_step"),
+    ),
     "fbank": (Case("beats_ray, one batch", _batched_fbank), Case("torchaudio, clip by clip", _kaldi_fbank)),
     "checkpoint": (
         Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases")),

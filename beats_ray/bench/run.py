@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from beats_ray.bench.cases import BENCHES, Case, Step
+from beats_ray.bench.cases import BENCHES, Case, Cost, Step
+from beats_ray.bench.floor import find_floors, show_floors
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
 
@@ -23,9 +24,13 @@ class Measured:
     """Without the start."""
     start_ms: list[float]
     """Until the first result, where a step has one before its end."""
+    cpu_ms: list[float]
+    """CPU time of the process in each step, of all threads: what other work on the machine does not change."""
     peak_mib: float
     """Beyond what the process held before the model was built (CPU), or all that was allocated (GPU)."""
     clips_per_step: int
+    cost: Cost | None = None
+    """By formula, of a step."""
 
     @property
     def median_ms(self) -> float:
@@ -49,18 +54,23 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
         tell(f"left out, package not installed: {', '.join(left_out)}")
     times: dict[str, list[float]] = {case.name: [] for case in cases}
     starts: dict[str, list[float]] = {case.name: [] for case in cases}
+    cpu_times: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks = {case.name: 0.0 for case in cases}
     clips = {case.name: 0 for case in cases}
+    costs: dict[str, Cost | None] = {}
     for turn in range(config.rounds):
         for case in cases:
             tell(f"round {turn + 1}/{config.rounds}: {case.name}")
             found = _in_a_process(case, config)
             times[case.name] += found["step_ms"]
             starts[case.name] += found["start_ms"]
+            cpu_times[case.name] += found["cpu_ms"]
             peaks[case.name] = max(peaks[case.name], found["peak_mib"])
             clips[case.name] = found["clips"]
+            costs[case.name] = found["cost"]
     measured = [
-        Measured(case.name, times[case.name], starts[case.name], peaks[case.name], clips[case.name]) for case in cases
+        Measured(name, times[name], starts[name], cpu_times[name], peaks[name], clips[name], costs[name])
+        for name in (case.name for case in cases)
     ]
     _show(config, measured, console, as_json)
     return measured
@@ -69,9 +79,8 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> l
 def _describe(config: BenchConfig) -> str:
     threads = f", {config.threads} threads" if config.device == "cpu" else ""
     clips = f"{config.num_clips} clips of {config.seconds:g} s"
-    model = (
-        f"{config.preset} encoder, {config.precision}, " if config.name in ("checkpoint", "encoder", "pretrain") else ""
-    )
+    has_model = config.name in ("ceilings", "checkpoint", "encoder", "pretrain")
+    model = f"{config.preset} encoder, {config.precision}, " if has_model else ""
     return f"{model}{clips}, {config.device}{threads}"
 
 
@@ -91,7 +100,11 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console, as_js
     reference = measured[0]
     if as_json:
         rows = [asdict(one) | {"median_ms": one.median_ms, "clips_per_s": one.clips_per_s} for one in measured]
-        print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows}))
+        floors = {"floors": [asdict(one) for one in find_floors(measured)]} if config.name == "ceilings" else {}
+        print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows} | floors))
+        return
+    if config.name == "ceilings":
+        show_floors(measured, console, by_cpu_time=config.device == "cpu")
         return
     table = [
         (
@@ -147,23 +160,31 @@ def _measure(sender: Any, config: BenchConfig, name: str) -> None:
     before = _peak_bytes(config)
     step = case.build(config)
     clips = config.num_clips
-    pairs = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
-    times, starts = [work for work, _ in pairs], [start for _, start in pairs]
+    timed = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
+    times, starts, cpu_times = (list(column) for column in zip(*timed, strict=True))
     sender.send(
-        {"step_ms": times, "start_ms": starts, "peak_mib": (_peak_bytes(config) - before) / MIB, "clips": clips}
+        {
+            "step_ms": times,
+            "start_ms": starts,
+            "cpu_ms": cpu_times,
+            "peak_mib": (_peak_bytes(config) - before) / MIB,
+            "clips": clips,
+            "cost": None if case.cost is None else case.cost(config),
+        }
     )
     sender.close()
 
 
-def _timed(step: Step, config: BenchConfig) -> tuple[float, float]:
-    """Milliseconds of the work and, before it, of the start."""
-    started = time.perf_counter()
+def _timed(step: Step, config: BenchConfig) -> tuple[float, float, float]:
+    """Milliseconds of the work, of the start before it, and of CPU time in both."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     start = step() or 0.0
     if config.device == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0
+    cpu = time.process_time() - cpu_started
+    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0, cpu * 1000.0
 
 
 def _peak_bytes(config: BenchConfig) -> int:

@@ -14,12 +14,13 @@ because that is the shape of the batch.
 Shapes: N patches of the grid, M visible patches, K targets, D width, V codes.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from beats_ray.config import DistillConfig, FinetuneConfig, MaskingSettings, PretrainConfig
-from beats_ray.models.config import EncoderConfig
+from beats_ray.models.config import NUM_MEL_BINS, EncoderConfig
 
 RunKind = Literal["pretrain", "distill", "finetune"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -94,6 +95,17 @@ def tokenizer_flops(published: Mapping[str, Any], patches: int) -> int:
 def code_flops(config: EncoderConfig, code_dim: int, patches: int) -> int:
     """From the features to the vectors that are quantised."""
     return linear_flops(patches, config.width, config.width) + linear_flops(patches, config.width, code_dim)
+
+
+def fbank_flops(num_samples: int) -> int:
+    """Filterbank of one clip: a real Fourier transform of each frame (2.5 n log2 n) and the mel filters.
+
+    Windows, powers and logarithms are left out. It is no part of what MFU counts.
+    """
+    from beats_ray.models.fbank import FFT_SAMPLES, num_frames  # which loads torch
+
+    transform = round(2.5 * FFT_SAMPLES * math.log2(FFT_SAMPLES))
+    return num_frames(num_samples) * (transform + linear_flops(1, FFT_SAMPLES // 2 + 1, NUM_MEL_BINS))
 
 
 # --- training steps ---------------------------------------------------------------------------------------------------

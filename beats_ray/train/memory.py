@@ -142,6 +142,19 @@ def _encoder(config: EncoderConfig, batch: _Batch, patches: int, grid: int, per_
     return total + _bias(config, batch, patches, per_clip_bias) + layers
 
 
+def encoder_bytes(
+    config: EncoderConfig, clips: int, patches: int, precision: Precision, *, grid_patches: int | None = None
+) -> int:
+    """Bytes that a forward pass of the encoder alone keeps for its backward pass.
+
+    patches: of a clip, those that are visible; grid_patches: of its whole grid where that is more (masked, true
+    positions), so that every clip has a relative bias of its own.
+    """
+    batch = _Batch(clips, value_bytes(precision), checkpointed=False)
+    grid = patches if grid_patches is None else grid_patches
+    return _encoder(config, batch, patches, grid, per_clip_bias=grid_patches is not None).kept_bytes
+
+
 def _frozen_encoder(config: EncoderConfig, batch: _Batch, patches: int) -> Activations:
     """The encoder without a gradient: layers come and go, but for their outputs, which it returns together."""
     normed = config.width * (config.width // config.conv_pos_groups) * config.conv_pos_kernel * batch.value_bytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from beats_ray import cli
-from beats_ray.bench import checkpoint_cases, run
+from beats_ray.bench import ceiling_cases, checkpoint_cases, run
 from beats_ray.bench.cases import BENCHES, Case
 from beats_ray.bench.released_formula import FormulaEncoder, per_clip_fbank
 from beats_ray.bench.run import run_bench
@@ -57,6 +57,8 @@ def test_every_case_is_measured_and_reported(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_cases, "STEPS", checkpoint_cases.STEPS_A_SAVE)
+    monkeypatch.setitem(ceiling_cases.MATRIX_SIDE, "cpu", 64)
+    monkeypatch.setattr(ceiling_cases, "COPIED_BYTES", 2**20)
     config = BenchConfig(name=name, preset="tiny", clips=2, seconds=1.0, repetitions=2, rounds=1, threads=1)  # type: ignore[arg-type]
     run_bench(config, Console(), as_json=True)
     report = json.loads(capsys.readouterr().out)
@@ -65,6 +67,8 @@ def test_every_case_is_measured_and_reported(
     for row in report["cases"]:
         assert len(row["step_ms"]) == 2
         assert row["clips_per_s"] == pytest.approx(2000.0 / row["median_ms"])
+    stages = [case.name for case in BENCHES[name]][2:] if name == "ceilings" else []
+    assert [floor["case"] for floor in report.get("floors", [])] == stages
 
 
 def test_the_table_names_all_cases_each_measured_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
