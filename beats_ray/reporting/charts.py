@@ -139,7 +139,7 @@ def nice_ticks(low: float, high: float, count: int = 5, inside: bool = False) ->
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = low / step, high / step
     start, stop = (math.ceil(first - 1e-9), math.floor(last + 1e-9)) if inside else (math.floor(first), math.ceil(last))
-    return [round(index * step, 12) for index in range(start, max(stop, start + 1) + 1)]
+    return [float(round(index * step, 12)) for index in range(start, max(stop, start + 1) + 1)]
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -1,6 +1,7 @@
 """The report's handover: the settings that made the run, and how its models are loaded."""
 
 from beats_ray.reporting.layout import TITLES, Code, Section, as_yaml, best_trial, stage_title, stages_of
+from beats_ray.reporting.reading import as_dict
 from beats_ray.reporting.run_folder import Run
 
 
@@ -47,9 +48,8 @@ def loading(run: Run) -> Section:
             ),
             Code("The best classifier, on the command line", f"beats-ray predict {tuned[-1]}/model FILE..."),
         ]
-        command = next((stage.result.get("reproduce") for _, stage in reversed([*stages_of(run, "sweep", True)])), None)
-        if isinstance(command, str) and command:
-            section.code.append(Code("The best trial again", command))
+        again = [as_dict(stage.result.get("reproduce")).get("command") for _, stage in stages_of(run, "sweep", True)]
+        section.code += [Code("The best trial again", str(command)) for command in again[-1:] if command]
     if not section.code:
         section.absent = "No model has been published yet."
     return section

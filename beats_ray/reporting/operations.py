@@ -42,10 +42,7 @@ def data_health(run: Run) -> Section:
         f"{data.get('name') or 'data set'}: {clips:,.0f} clips, {seconds / 3600:.2f} hours, {len(labels)} labels.",
         f"Source: {data.get('source') or 'unknown'}.",
         f"{refused:,.0f} of {files:,.0f} source files ({refused / files if files else 0:.2%}) were quarantined.",
-        (
-            f"{number(data.get('skipped')) or 0:,.0f} other files were skipped, "
-            f"{number(data.get('missing')) or 0:,.0f} recordings are missing."
-        ),
+        f"Other files skipped: {figure(data.get('skipped'), 0)}; recordings missing: {figure(data.get('missing'), 0)}.",
     ]
     for title, counts in (("clips by fold", data.get("clips_by_fold")), ("clips by split", data.get("clips_by_split"))):
         if isinstance(counts, dict) and len(counts) > 1:

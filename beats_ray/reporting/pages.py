@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from beats_ray.reporting.charts import Chart
 from beats_ray.reporting.describe import describe_parts
@@ -24,7 +25,7 @@ def as_html(run: Run, subtitle: str, tiles: Sequence[Tile], sections: Sequence[S
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("beats_ray"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"draw": draw, "data_uri": _mp3_uri}
+    environment.filters |= {"draw": draw, "data_uri": _mp3_uri, "prose": _prose}
     template = environment.get_template("report.html.j2")
     return template.render(run=run, subtitle=subtitle, tiles=tiles, sections=sections)
 
@@ -99,6 +100,16 @@ def _chart(chart: Chart) -> dict[str, Any]:
 def _plain(text: str) -> str:
     """Text of the run on one line, without Markdown's or HTML's own signs taking effect."""
     return " ".join(str(text).split()).replace("<", "&lt;")
+
+
+def _prose(text: str) -> Markup:
+    """Escaped text in which `commands` stand as code."""
+    parts = [escape(part) for part in text.split("`")]
+    if len(parts) % 2 == 0:  # a lone backtick is one of the run's own
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
 
 
 def _mp3_uri(data: bytes) -> str:

@@ -42,7 +42,9 @@ def _probe_tile(iterations: list[LeaderboardRow]) -> Tile | None:
         return None
     best = max(probed, key=lambda row: row.probe_accuracy or 0.0)
     gain = f"; {spread(best.gain, best.gain_standard_error, signed=True)} above untrained"
-    return Tile("frozen probe, all folds", f"{best.probe_accuracy:.1%}", best.name + (gain if best.gain else ""))
+    return Tile(
+        "frozen probe, all folds", f"{best.probe_accuracy:.1%}", best.name + ("" if best.gain is None else gain)
+    )
 
 
 def _fine_tuned_tile(iterations: list[LeaderboardRow]) -> Tile | None:

@@ -42,7 +42,7 @@ class Stage:
     @property
     def status(self) -> str:
         default = "complete" if self.result else "running" if self.metrics else "not started"
-        return str(self.state.get("status") or default)
+        return str(self.state.get("status") or self.result.get("status") or default)
 
     @property
     def seconds(self) -> float | None:

@@ -50,7 +50,7 @@ def scale_of(values: Sequence[Any], known: Mapping[str, Any]) -> Scale:
     plain = [plain_value(value) for value in values]
     numbers = [value for value in plain if isinstance(value, float)]
     kind = known.get("distribution")
-    is_range = kind in ("uniform", "loguniform") or (kind is None and len(set(plain)) > MOST_DISTINCT)
+    is_range = kind in ("uniform", "loguniform", "integer") or (kind is None and len(set(plain)) > MOST_DISTINCT)
     if not is_range or len(numbers) < len(plain):
         in_order = sorted(set(plain), key=lambda value: (isinstance(value, str), value))
         return Scale(choices=tuple(in_order))

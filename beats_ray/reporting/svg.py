@@ -5,7 +5,7 @@ and the dark page. Drawings are sized for a phone's width and scale up. Hovering
 hears the title and a summary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -13,11 +13,12 @@ from beats_ray.reporting.charts import BarChart, Chart, HeatMap, Line, LineChart
 from beats_ray.reporting.describe import describe
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 48, 20, 12, 40
 BAR_HEIGHT, BAR_GAP, VALUE_WIDTH = 16, 10, 96
 CHARACTER_WIDTH = 8.0  # of the labels' font, about, as enlarged on a phone
 AXIS_GAP = 92  # between parallel axes: below it names run into each other
 HEAT_LEFT = 12
+LARGEST = 1.4  # times its own size: how far a broad drawing grows with the page
 
 
 def draw(chart: Chart) -> Markup:
@@ -35,7 +36,7 @@ def _lines(chart: LineChart) -> Markup:
     xs = [x for line in chart.lines for x, _ in line.points]
     ys = [y for line in chart.lines for _, y in line.points]
     y_ticks = nice_ticks(*(chart.y_range or (min(ys), max(ys))))
-    x_ticks = nice_ticks(min(xs), max(xs), count=4, inside=True)
+    x_ticks = _ticks_of_x(xs)
     low, high = y_ticks[0], y_ticks[-1]
     first, span = min(xs), (max(xs) - min(xs)) or 1.0
 
@@ -63,6 +64,13 @@ def _lines(chart: LineChart) -> Markup:
         )
     legend = chart.lines if chart.has_legend and len(chart.lines) > 1 else ()
     return _figure(chart, "".join(parts), WIDTH, HEIGHT, legend)
+
+
+def _ticks_of_x(xs: Sequence[float]) -> list[float]:
+    """Steps and iterations have no fractions between them."""
+    ticks = nice_ticks(min(xs), max(xs), count=4, inside=True)
+    whole = [tick for tick in ticks if tick.is_integer()]
+    return whole if all(x.is_integer() for x in map(float, xs)) and len(whole) > 1 else ticks
 
 
 def _bars(chart: BarChart) -> Markup:
@@ -151,7 +159,7 @@ def _figure(chart: Chart, body: str, width: float, height: float, legend: Iterab
     if width > WIDTH:  # scrolls within itself rather than shrinking beyond what can be read
         drawing = (
             f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(chart.title)}">'
-            f'<div style="min-width:{width:g}px">{drawing}</div></div>'
+            f'<div style="min-width:{width:g}px;max-width:{LARGEST * width:g}px">{drawing}</div></div>'
         )
     style = ' class="broad"' if width > WIDTH else ""
     return Markup(f"<figure{style}>{caption}{drawing}</figure>")  # noqa: S704  # every inserted text was escaped

@@ -1,50 +1,45 @@
-"""The report's sweeps: trials, what their settings did, and encoders that one sweep has compared.
+"""The report's sweeps: trials, what their settings did, and encoders that one sweep has compared."""
 
-Reads `leaderboard.json`: `trials` (trial_id, config, validation_NAME, test_NAME, steps, stopped_early, status, history;
-of a failed one `error` or `reason`; of several encoders `encoder`), `best`, and `differences` between encoders.
-"""
-
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beats_ray.reporting.charts import (
-    Axis,
-    Bar,
-    Line,
-    ParallelChart,
-    Track,
-    bar_chart,
-    line_chart,
-    present,
-)
+from beats_ray.reporting.charts import Axis, Bar, BarChart, Line, ParallelChart, Track, bar_chart, line_chart, present
 from beats_ray.reporting.importance import RESAMPLES, Importance, measure_importance
 from beats_ray.reporting.layout import (
     Grid,
     Row,
     Section,
-    best_trial,
+    duration,
     figure,
     interval_text,
     iteration_title,
     spread,
     stages_of,
 )
-from beats_ray.reporting.reading import as_dict, dicts_of, number
+from beats_ray.reporting.reading import as_dict, number
 from beats_ray.reporting.run_folder import Run, Stage
 from beats_ray.reporting.scales import scale_of, setting_text
+from beats_ray.reporting.trials import SweepBoard, Trial, read_board
 
 MAX_TRIALS = 50
 MAX_AXES = 8
 LONGEST_REASON = 160
+EXPLANATION = (
+    f"Importance of settings: shares of the variance between trials by fANOVA, ± over {RESAMPLES} resamples of them. "
+    "Trials that were stopped early count with their last value."
+)
+LITTLE = 0.1
+"""R² under which shares are told to be noise."""
 
 
 def sweeps(run: Run) -> Section:
     """Every trial of every sweep, also of one that is under way."""
     section = Section("Fine-tuning sweeps")
     for index, stage in stages_of(run, "sweep"):
-        trials = dicts_of(stage.result.get("trials"))
-        if trials:
-            _add_sweep(section, iteration_title(run, index), stage, trials)
+        board = read_board(stage.result)
+        if board.trials:
+            _add_sweep(section, iteration_title(run, index), board, _space(stage))
     if section.tables:
         section.notes = [
             "Trials are compared by the validation part; the test part has chosen nothing. The best trial stands out.",
@@ -55,150 +50,170 @@ def sweeps(run: Run) -> Section:
     return section
 
 
-def _add_sweep(section: Section, title: str, stage: Stage, trials: list[dict[str, Any]]) -> None:
-    best = best_trial(stage).get("trial_id")
-    metric = str(stage.result.get("metric") or "validation/accuracy")
-    shown = metric.replace("/", " ").replace("_", " ")
+def _add_sweep(section: Section, title: str, board: SweepBoard, space: Mapping[str, Any]) -> None:
+    shown = board.metric.replace("/", " ").replace("_", " ")
     lines = [
-        Line(str(trial.get("trial_id")), _history(trial), "series-1" if trial.get("trial_id") == best else "muted")
-        for trial in trials[:MAX_TRIALS]
+        Line(trial.name_and_encoder, trial.history, "series-1" if trial.name == board.best else "muted")
+        for trial in board.trials[:MAX_TRIALS]
     ]
     lines.sort(key=lambda line: line.color == "series-1")  # the best is drawn last, on top
-    space = _space(stage)
-    found = measure_importance(
-        [(as_dict(trial.get("config")), value) for trial in trials if (value := _value(trial)) is not None], space
-    )
+    valued = [(_settings(trial), trial.value) for trial in board.trials if trial.value is not None]
+    found = measure_importance(valued, space)
+    # The weightiest setting stands beside the result.
+    order = [share.name for share in reversed(found.shares)] if isinstance(found, Importance) else []
     section.charts += present(
         line_chart(f"{title}: {shown} of each trial", lines, "step", has_legend=False),
         *([_importance_chart(title, found)] if isinstance(found, Importance) else []),
-        _parallel(f"{title}: settings and {shown}", trials, space, best),
+        _parallel(f"{title}: settings and {shown}", board, space, order),
     )
-    section.notes += _notes(title, stage, trials, found)
-    section.tables.append(_trial_grid(title, trials, best))
-    section.tables += _difference_grids(title, stage.result)
+    if isinstance(found, Importance) and EXPLANATION not in section.notes:
+        section.notes.append(EXPLANATION)
+    section.notes += [f"{title}: {note}" for note in _notes(board, found)]
+    section.tables += _encoder_grids(title, board)
+    section.tables.append(_trial_grid(title, board))
 
 
-def _notes(title: str, stage: Stage, trials: list[dict[str, Any]], found: Importance | str) -> list[str]:
+def _notes(board: SweepBoard, found: Importance | str) -> list[str]:
     notes = []
-    if stage.result.get("unfinished"):
-        running = sum(trial.get("status") == "running" for trial in trials)
-        notes.append(f"{title}: under way, {len(trials)} trials so far, {running} of them not ended.")
-    failed = sum(trial.get("status") == "failed" for trial in trials)
-    if failed:
-        notes.append(f"{title}: {failed} of {len(trials)} trials failed; the table gives their reasons.")
+    states = [trial.state for trial in board.trials]
+    if board.status != "complete":
+        notes.append(f"{board.status}; {len(states)} trials so far, {states.count('running')} of them not ended.")
+    if "failed" in states:
+        notes.append(f"{states.count('failed')} of {len(states)} trials failed; the table gives their reasons.")
+    if board.pareto:
+        notes.append(f"no other trial is better in all objectives than {', '.join(board.pareto)}.")
     if isinstance(found, str):
-        return [*notes, f"{title}: {found}"]
-    sure = (
-        "Of an unseen trial they tell nothing (R² out of bag {:.2f}): read the shares as noise."
-        if found.explained <= 0
-        else "Of an unseen trial they explain a part (R² out of bag {:.2f})."
-    ).format(found.explained)
+        return [*notes, found]
+    verdict = "" if found.explained > LITTLE else ": too little, read their shares as noise"
     notes.append(
-        f"{title}: importance of settings by fANOVA over {found.trials} trials; ± is the standard error over "
-        f"{RESAMPLES} resamples of the trials. {sure} Trials that were stopped early count with their last value."
+        f"{found.trials} trials; the settings explain {max(0.0, found.explained):.0%} of the variance of trials that "
+        f"they were not fitted to (R² out of bag){verdict}."
     )
     if found.left_out:
-        notes.append(f"{title}: left out, since only some trials have them: {', '.join(found.left_out)}.")
+        notes.append(f"left out of it, since only some trials have them: {', '.join(found.left_out)}.")
     return notes
 
 
-def _importance_chart(title: str, found: Importance) -> Any:
+def _importance_chart(title: str, found: Importance) -> BarChart:
+    labels = _short_names([share.name for share in found.shares])
     bars = [
-        Bar(_short(share.name), share.value, f"{share.value:.0%} ± {share.standard_error:.0%}", share.standard_error)
+        Bar(labels[share.name], share.value, f"{share.value:.0%} ± {share.standard_error:.0%}", share.standard_error)
         for share in found.shares
     ]
     return bar_chart(f"{title}: importance of settings", bars, maximum=1.0)
 
 
-def _parallel(title: str, trials: list[dict[str, Any]], space: Mapping[str, Any], best: Any) -> ParallelChart:
+def _parallel(title: str, board: SweepBoard, space: Mapping[str, Any], order: list[str]) -> ParallelChart:
     """A line for each trial that has a value, over the settings that differ, the result on the last axis."""
-    valued = [(as_dict(trial.get("config")), value, trial) for trial in trials if (value := _value(trial)) is not None]
+    valued = [(_settings(trial), trial.value, trial) for trial in board.trials if trial.value is not None]
     names = sorted({name for settings, _, _ in valued for name in settings})
-    names = [name for name in names if len({repr(settings.get(name)) for settings, _, _ in valued}) > 1][:MAX_AXES]
+    names = [name for name in names if len({repr(settings.get(name)) for settings, _, _ in valued}) > 1]
+    names = sorted(names, key=lambda name: order.index(name) if name in order else -1)[-MAX_AXES:]
     if not names:
         return ParallelChart(title, (), ())
     scales = {
         name: scale_of([one[name] for one, _, _ in valued if name in one], as_dict(space.get(name))) for name in names
     }
+    labels = _short_names(names)
     low, high = min(value for _, value, _ in valued), max(value for _, value, _ in valued)
     tracks = []
     for settings, value, trial in valued[:MAX_TRIALS]:
-        quality = (value - low) / (high - low) if high > low else 0.5
+        height = (value - low) / (high - low) if high > low else 0.5
         heights = [scale.height(settings[name]) if name in settings else None for name, scale in scales.items()]
-        label = ", ".join(f"{_short(name)} {setting_text(settings.get(name))}" for name in names)
-        is_best = trial.get("trial_id") == best
-        tracks.append(Track(f"{trial.get('trial_id')}: {value:.3f}; {label}", (*heights, quality), quality, is_best))
-    axes = [Axis(_short(name), *scale.ends) for name, scale in scales.items()]
+        label = ", ".join(f"{labels[name]} {setting_text(settings.get(name))}" for name in names)
+        quality = height if board.is_maximised else 1.0 - height
+        tracks.append(
+            Track(f"{trial.name}: {value:.3f}; {label}", (*heights, height), quality, trial.name == board.best)
+        )
+    axes = [Axis(labels[name], *scale.ends) for name, scale in scales.items()]
     return ParallelChart(title, (*axes, Axis("result", f"{low:.3f}", f"{high:.3f}")), tuple(tracks))
 
 
-def _trial_grid(title: str, trials: list[dict[str, Any]], best: Any) -> Grid:
-    names = sorted({name for trial in trials for name in as_dict(trial.get("config"))})
-    has_encoders = any(trial.get("encoder") for trial in trials)
-    has_reasons = any(_reason(trial) for trial in trials)
-    columns = ["trial", *(["encoder"] if has_encoders else []), "validation", "test", "steps", "state"]
-    columns += [*(_short(name) for name in names), *(["reason"] if has_reasons else [])]
-    rows = []
-    for trial in trials[:MAX_TRIALS]:
-        state = "stopped early" if trial.get("stopped_early") else str(trial.get("status") or "-")
-        values = as_dict(trial.get("config"))
-        cells = [str(trial.get("trial_id")), *([str(trial.get("encoder") or "-")] if has_encoders else [])]
-        cells += [figure(_value(trial)), figure(_main_metric(trial, "test_")), f"{number(trial.get('steps')) or 0:g}"]
-        cells += [state, *(setting_text(values.get(name)) for name in names)]
-        cells += [_reason(trial) or "-"] if has_reasons else []
-        kind = "best" if trial.get("trial_id") == best else "bad" if trial.get("status") == "failed" else ""
-        rows.append(Row(cells, kind))
-    title += ": trials" if len(trials) <= MAX_TRIALS else f": best {MAX_TRIALS} of {len(trials)} trials"
-    return Grid(columns, rows, title, text=("trial", "encoder", "state", "reason"))
+def _trial_grid(title: str, board: SweepBoard) -> Grid:
+    trials = board.trials[:MAX_TRIALS]
+    settings = sorted({name for trial in board.trials for name in trial.settings})
+    columns: dict[str, list[str]] = {"trial": [trial.name for trial in trials]}
+    if board.encoders:
+        columns["encoder"] = [trial.encoder or "-" for trial in trials]
+    columns["validation"] = [figure(trial.value) for trial in trials]
+    columns["test"] = [figure(trial.test) for trial in trials]
+    columns["steps"] = [f"{trial.steps:g}" for trial in trials]
+    columns["state"] = [trial.state for trial in trials]
+    if any(trial.reason for trial in trials):
+        columns["reason"] = [_shortened(trial.reason) or "-" for trial in trials]
+    for name, label in _short_names(settings).items():
+        columns[label] = [setting_text(trial.settings.get(name)) for trial in trials]
+    if any(trial.seconds for trial in trials):
+        columns["time"] = [duration(trial.seconds or 0.0) for trial in trials]
+    if any(trial.cost for trial in trials):
+        columns["cost"] = [figure(trial.cost, 2) for trial in trials]
+    kinds = ["best" if one.name == board.best else "bad" if one.state == "failed" else "" for one in trials]
+    rows = [Row(cells, kind) for cells, kind in zip(zip(*columns.values(), strict=True), kinds, strict=True)]
+    shown = "trials" if len(board.trials) <= MAX_TRIALS else f"best {MAX_TRIALS} of {len(board.trials)} trials"
+    return Grid(list(columns), rows, f"{title}: {shown}", text=("trial", "encoder", "state", "reason"))
 
 
-def _difference_grids(title: str, board: dict[str, Any]) -> list[Grid]:
+def _encoder_grids(title: str, board: SweepBoard) -> list[Grid]:
     """Encoders that one sweep has compared, and the paired differences between them."""
-    grids = []
-    encoders = {name: one for name, one in as_dict(board.get("encoders")).items() if isinstance(one, dict)}
-    measured = [name for name in sorted({key for one in encoders.values() for key in one})
-                if any(number(one.get(name)) is not None for one in encoders.values())]  # fmt: skip
-    if measured:
-        rows = [Row([name, *(figure(one.get(key)) for key in measured)]) for name, one in encoders.items()]
-        columns = ["encoder", *(name.replace("_", " ") for name in measured)]
-        grids.append(Grid(columns, rows, f"{title}: encoders", text=("encoder",)))
-    compared = dicts_of(board.get("differences")) or dicts_of(board.get("comparisons"))
+    if not board.encoders:
+        return []
+    by_name = {trial.name: trial for trial in board.trials}
     rows = []
-    for one in compared:
+    for name, one in board.encoders.items():
+        best = by_name.get(str(one.get("best")))
+        rows.append(
+            Row(
+                [
+                    name,
+                    figure(best and best.value),
+                    figure(best and best.test),
+                    best.name if best else "-",
+                    figure(one.get("finished"), 0),
+                    str(one.get("path") or "-"),
+                ]
+            )
+        )
+    columns = ["encoder", "best, validation", "best, test", "trial", "trials run to the end", "path"]
+    grids = [Grid(columns, rows, f"{title}: encoders", text=("encoder", "trial", "path"))]
+    rows = []
+    for one in board.comparisons:
         low, high = (number(end) for end in (one.get("interval") or [None, None]))
-        difference = spread(number(one.get("difference")), number(one.get("standard_error")), signed=True)
-        told = "-" if low is None or high is None else "not told apart" if low <= 0 <= high else "differ"
-        rows.append(Row([f"{one.get('encoder')} against {one.get('reference')}", difference,
-                         interval_text(low, high), told]))  # fmt: skip
+        is_noise = one.get("is_noise")
+        rows.append(
+            Row(
+                [
+                    f"{one.get('encoder')} against {one.get('reference')}",
+                    f"{one.get('of') or '-'}, {one.get('part') or '-'}",
+                    figure(one.get("pairs"), 0),
+                    spread(number(one.get("difference")), number(one.get("standard_error")), signed=True),
+                    interval_text(low, high),
+                    "-" if is_noise is None else "no more than noise" if is_noise else "more than noise",
+                    str(one.get("over") or "-"),
+                ]
+            )
+        )
     if rows:
-        columns = ["compared", "difference", "95 % interval", "verdict"]
-        grids.append(Grid(columns, rows, f"{title}: encoders on the same trials", text=("compared", "verdict")))
+        columns = ["compared", "on", "pairs", "difference", "95 % interval", "verdict", "interval holds for other"]
+        text = ("compared", "on", "verdict", "interval holds for other")
+        grids.append(Grid(columns, rows, f"{title}: encoders in pairs", text=text))
     return grids
+
+
+def _settings(trial: Trial) -> dict[str, Any]:
+    """What differs between trials: the drawn settings, and the encoder where there are several."""
+    return trial.settings | ({"encoder": trial.encoder} if trial.encoder else {})
 
 
 def _space(stage: Stage) -> dict[str, Any]:
     return as_dict(as_dict(as_dict(stage.state.get("config")).get("sweep")).get("space"))
 
 
-def _reason(trial: dict[str, Any]) -> str:
-    text = " ".join(str(trial.get("reason") or trial.get("error") or "").split())
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
 
 
-def _short(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _history(trial: dict[str, Any]) -> list[tuple[float, float]]:
-    records = dicts_of(trial.get("history"))
-    pairs = ((number(record.get("step")), number(_main_metric(record, "validation/"))) for record in records)
-    return [(step, value) for step, value in pairs if step is not None and value is not None]
-
-
-def _value(trial: dict[str, Any]) -> float | None:
-    return number(_main_metric(trial, "validation_"))
-
-
-def _main_metric(values: dict[str, Any], prefix: str) -> Any:
-    """What a sweep compares its trials by, accuracy or mean average precision: the first value of this prefix."""
-    return next((value for name, value in values.items() if name.startswith(prefix)), None)
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each setting without its section, where that is its alone."""
+    counts = Counter(name.rsplit(".", 1)[-1] for name in names)
+    return {name: short if counts[short := name.rsplit(".", 1)[-1]] == 1 else name for name in names}

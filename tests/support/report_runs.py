@@ -210,7 +210,8 @@ def swept_trials(count: int, seed: int = 0) -> list[dict[str, Any]]:
     failed = {"trial_id": "deadbeef", "status": "failed", "steps": 20, "stopped_early": False, "history": [],
               "config": {"train.learning_rate": 10.0, "train.layer_decay": 0.4, "augment.mixup": 0.0,
                          "freeze_encoder": False},
-              "validation_accuracy": None, "test_accuracy": None, "reason": "TrainingDiverged: no number"}  # fmt: skip
+              "validation_accuracy": None, "test_accuracy": None,
+              "failure": {"kind": "diverged", "reason": "no number"}}  # fmt: skip
     return [*trials, failed]
 
 

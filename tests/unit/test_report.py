@@ -2,69 +2,22 @@
 
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.report_page import read_page
 from support.report_runs import CONFIG, build_run, evaluation
 
 from beats_ray.config import UserError
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import open_place
 from beats_ray.judgement import Predictions, judge, write_judgement
 from beats_ray.report import leaderboard_rows, write_report
 from beats_ray.reporting.charts import MAX_POINTS, Line, line_chart, nice_ticks
 from beats_ray.reporting.run_folder import paired_gain
-from beats_ray.reporting.svg import draw
+from beats_ray.reporting.svg import LEFT, RIGHT, WIDTH, draw
 
 pytestmark = pytest.mark.unit
-
-
-def fetched_addresses(attrs: list[tuple[str, str | None]]) -> list[str]:
-    """Addresses that a browser would fetch from elsewhere: not those within the page."""
-    values = [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "data", "srcset", "poster")]
-    return [value for value in values if not value.startswith(("data:", "#"))]
-
-
-class TagChecker(HTMLParser):
-    """Fails on tags that do not nest, and collects addresses that a browser would fetch."""
-
-    VOID = {"meta", "br", "link", "img", "input", "hr", "line", "rect", "path", "polyline"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += fetched_addresses(attrs)
-        if tag not in self.VOID or (
-            tag in ("polyline", "rect") and not self.get_starttag_text().rstrip().endswith("/>")
-        ):  # type: ignore[union-attr]
-            self.open.append(tag)
-
-    def handle_startendtag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += fetched_addresses(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, f"</{tag}> does not close what is open"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def read_page(run: Place) -> tuple[str, str]:
-    html = (run / "report.html").read_bytes().decode()
-    checker = TagChecker()
-    checker.feed(html)
-    assert checker.open == [], f"never closed: {checker.open}"
-    assert checker.fetched == [], "the page loads something from elsewhere"
-    assert "url(" not in html
-    assert "@import" not in html
-    assert len(html.encode()) < 1_000_000
-    return html, " ".join(checker.text.split())
 
 
 def test_a_finished_run_is_wholly_on_the_page(tmp_path: Path) -> None:
@@ -225,7 +178,7 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     points = re.findall(r'points="([^"]+)"', chart)[0].split()
     assert MAX_POINTS * 0.9 <= len(points) <= MAX_POINTS + 1
     first, last = (float(point.split(",")[0]) for point in (points[0], points[-1]))
-    assert (first, last) == (48.0, 408.0)
+    assert (first, last) == (LEFT, WIDTH - RIGHT)
 
 
 def test_non_finite_values_are_left_out_of_a_chart() -> None:
