@@ -19,7 +19,7 @@ from beats_ray.reporting.scales import Scale, plain_value, scale_of
 MIN_TRIALS = 8
 """Below it no share means anything."""
 RESAMPLES = 20
-TREES = 32
+TREES = 16
 FOREST_TREES = 200
 SEED = 0
 
