@@ -25,6 +25,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 START_SECONDS = 60.0
 VISIT_SECONDS = 90.0
 POLL_SECONDS = 0.25
+LEVELS = ("error", "assert", "warning")
 PHONE_WIDTH = 600
 """Below it a page is shown as a phone shows it."""
 
@@ -41,7 +42,8 @@ class Visit:
     value: Any = None
     """Of the script."""
     errors: list[str] = field(default_factory=list)
-    """Exceptions, console errors and warnings, failed loads."""
+    """Exceptions, console errors, failed loads."""
+    warnings: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
     """Addresses that the page asked for, data URIs left out."""
 
@@ -150,12 +152,16 @@ class _Tab:
     def _note(self, event: str, details: dict[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":
             self.visit.errors.append(str(details["exceptionDetails"]))
-        elif event == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning", "assert"):
-            self.visit.errors.append(f"{details['type']}: {details['args']}")
-        elif event == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
-            self.visit.errors.append(f"{details['entry']['text']} {details['entry'].get('url', '')}")
+        elif event == "Runtime.consoleAPICalled" and details["type"] in LEVELS:
+            self._told(details["type"]).append(str(details["args"]))
+        elif event == "Log.entryAdded" and details["entry"]["level"] in LEVELS:
+            entry = details["entry"]
+            self._told(entry["level"]).append(f"{entry['text']} {entry.get('url', '')}")
         elif event == "Network.requestWillBeSent" and not details["request"]["url"].startswith("data:"):
             self.visit.fetched.append(details["request"]["url"])
+
+    def _told(self, level: str) -> list[str]:
+        return self.visit.warnings if level == "warning" else self.visit.errors
 
 
 def _wait_for_port(file: Path, process: "subprocess.Popen[bytes]") -> int:
