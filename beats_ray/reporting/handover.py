@@ -1,6 +1,6 @@
 """The report's handover: the settings that made the run, and how its models are loaded."""
 
-from beats_ray.reporting.layout import TITLES, Code, Section, as_yaml, best_trial, stage_title, stages_of
+from beats_ray.reporting.layout import Code, Section, as_yaml, best_trial, stage_title, stages_of
 from beats_ray.reporting.reading import as_dict
 from beats_ray.reporting.run_folder import Run
 
@@ -14,9 +14,7 @@ def settings(run: Run) -> Section:
         for stage in stages.values():
             own = stage.state.get("config")
             if isinstance(own, dict) and own and own != run.config:
-                is_plain = index and not run.is_single_stage
-                title = f"iteration {index}: {TITLES[stage.name]}" if is_plain else stage_title(run, index, stage.name)
-                section.code.append(Code(title, as_yaml(own), folded=True))
+                section.code.append(Code(stage_title(run, index, stage), as_yaml(own), folded=True))
     if not section.code:
         section.absent = "No config was found."
     return section

@@ -5,7 +5,7 @@ RUN/evaluations/NAME/...          `beats-ray evaluate ... output=RUN/evaluations
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,16 +38,23 @@ class Judgement:
     is_probe: bool = False
 
 
-def read_judgements(run: Place, probes: Sequence[tuple[str, Place]], problems: list[str]) -> list[Judgement]:
-    """The newest probe that has predictions, then what lies below the folder; details of the first MAX_DETAILED."""
+def read_judgements(run: Place, stages: Iterable[Sequence[tuple[str, Place]]], problems: list[str]) -> list[Judgement]:
+    """The newest judgement of each stage, then what lies below the folder; details of the first MAX_DETAILED.
+
+    stages: names and folders of each judging stage, the newest iteration first.
+    """
     found: list[Judgement] = []
-    for name, place in probes:
-        if (place / "confusion.csv").exists():
-            found.append(
-                _detailed(name, place, read_part(place / RESULT_FILE, problems) or {}, problems, is_probe=True)
-            )
-            break
-    for name, place in _folders(run, run.name, DEPTH):
+    folders: list[tuple[str, Place]] = []
+    for newest_first in stages:
+        for name, place in newest_first:
+            if (place / "confusion.csv").exists():
+                result = read_part(place / RESULT_FILE, problems) or {}
+                found.append(_detailed(name, place, result, problems, is_probe=True))
+                break
+            if (place / SUMMARY_FILE).exists():
+                folders += _folders(place, name, DEPTH, name)
+                break
+    for name, place in [*folders, *_folders(run, run.name, DEPTH)]:
         summary = read_part(place / SUMMARY_FILE, problems)
         if summary:
             found.append(Judgement(name, {}, summary))
@@ -76,11 +83,11 @@ def _mistakes(place: Place, problems: list[str]) -> list[dict[str, str]]:
     return read_part(place / "predictions.csv", problems, parse) or []
 
 
-def _folders(place: Place, name: str, depth: int) -> Iterator[tuple[str, Place]]:
-    """The folder itself and what may hold evaluations below it, with names relative to the run."""
+def _folders(place: Place, name: str, depth: int, within: str = "") -> Iterator[tuple[str, Place]]:
+    """The folder itself and what may hold judgements below it; names below are relative to it, after `within`."""
     yield name, place
     if depth:
         for entry in place.list():
             if not SKIPPED.fullmatch(entry.name):
-                inner = entry.name if depth == DEPTH else f"{name}/{entry.name}"
-                yield from _folders(entry, inner, depth - 1)
+                inner = f"{within}/{entry.name}" if within else entry.name
+                yield from _folders(entry, inner, depth - 1, inner)

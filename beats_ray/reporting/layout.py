@@ -17,6 +17,8 @@ TITLES = {
     "pretrain": "pre-training",
     "probe": "frozen probe",
     "sweep": "fine-tuning sweep",
+    "finetune": "fine-tuning",
+    "cross-validate": "cross-validation",
 }
 
 
@@ -85,20 +87,23 @@ def iteration_title(run: Run, index: int) -> str:
     return f"iteration {index}" if index else "untrained"
 
 
-def stage_title(run: Run, index: int, name: str) -> str:
-    """A stage as readers know it: `2 pre-training`, `untrained probe`."""
+def stage_title(run: Run, index: int, stage: Stage) -> str:
+    """A stage as readers know it: `2 pre-training`, `2 esc50: cross-validation`, `untrained probe`."""
+    title = TITLES.get(stage.kind, stage.kind)
+    title = f"{stage.task}: {title}" if stage.task else title
     if run.is_single_stage:
-        return TITLES[name]
+        return title
     if index == 0:
-        return {"pretrain": "untrained encoder", "probe": "untrained probe"}.get(name, name)
-    return f"{index} {TITLES[name]}"
+        return {"pretrain": "untrained encoder", "probe": "untrained probe"}.get(stage.name, f"untrained {title}")
+    return f"{index} {title}"
 
 
-def stages_of(run: Run, name: str, complete: bool = False) -> Iterator[tuple[int, Stage]]:
-    """That stage of every iteration; only complete ones if asked."""
+def stages_of(run: Run, kind: str, complete: bool = False) -> Iterator[tuple[int, Stage]]:
+    """The stages of that kind of every iteration, those of tasks too; only complete ones if asked."""
     for index, stages in sorted(run.iterations.items()):
-        if not complete or stages[name].status == "complete":
-            yield index, stages[name]
+        for stage in stages.values():
+            if stage.kind == kind and (not complete or stage.status == "complete"):
+                yield index, stage
 
 
 def best_trial(stage: Stage) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from beats_ray.reporting.layout import (
     Section,
     duration,
     figure,
-    iteration_title,
     percent,
     stage_title,
     stages_of,
 )
 from beats_ray.reporting.reading import as_dict, number
-from beats_ray.reporting.run_folder import STAGES, Run, Stage
+from beats_ray.reporting.run_folder import Run, Stage
 
 MAX_REASONS = 12
 EXAMPLES_PER_REASON = 3
@@ -78,14 +77,13 @@ def throughput(run: Run) -> Section:
     section = Section("Throughput and stage times")
     bars, rows = [], []
     for index, stages in sorted(run.iterations.items()):
-        for name in STAGES:
-            stage = stages[name]
+        for stage in stages.values():
             if stage.status == "not started":
                 continue
             seconds = stage.seconds
             if seconds is not None:
-                bars.append(Bar(stage_title(run, index, name), seconds, duration(seconds)))
-            cells = [stage_title(run, index, name), stage.status, "-" if seconds is None else duration(seconds)]
+                bars.append(Bar(stage_title(run, index, stage), seconds, duration(seconds)))
+            cells = [stage_title(run, index, stage), stage.status, "-" if seconds is None else duration(seconds)]
             cells += [figure(stage.last("step"), 0), figure(stage.last("clips"), 0)]
             cells += [figure(stage.last("perf/clips_per_s"), 1), percent(stage.last("data/wait_fraction"))]
             cells += [percent(stage.last("perf/mfu")), figure(stage.last("perf/gpu_memory_gib"), 1)]
@@ -107,7 +105,7 @@ def throughput(run: Run) -> Section:
 def _over_stages(run: Run, title: str, metric: str) -> Chart:
     trainings = [(index, stage) for name in ("tokenizer", "pretrain") for index, stage in stages_of(run, name)]
     lines = [
-        Line(stage_title(run, index, stage.name), stage.series(metric), f"series-{place % 4 + 1}", place >= 4)
+        Line(stage_title(run, index, stage), stage.series(metric), f"series-{place % 4 + 1}", place >= 4)
         for place, (index, stage) in enumerate([one for one in trainings if len(one[1].series(metric)) > 1][:8])
     ]
     return line_chart(title, lines, "step")
@@ -117,10 +115,7 @@ def faults(run: Run) -> Section:
     """Restarts, updates that were left out, collapsed codebooks, failed trials."""
     section = Section("Faults")
     trained = [
-        (index, stage)
-        for index, stages in sorted(run.iterations.items())
-        for stage in (stages["tokenizer"], stages["pretrain"])
-        if stage.metrics
+        (index, stage) for index, stages in sorted(run.iterations.items()) for stage in stages.values() if stage.metrics
     ]
     swept = [(index, stage) for index, stage in stages_of(run, "sweep") if stage.result.get("trials")]
     if not trained and not swept:
@@ -137,7 +132,7 @@ def faults(run: Run) -> Section:
     skipped = [
         Row(
             [
-                stage_title(run, index, stage.name),
+                stage_title(run, index, stage),
                 figure(one.get("step"), 0),
                 ", ".join(map(str, one.get("clips") or [])),
             ]
@@ -162,12 +157,11 @@ def _fault_row(run: Run, index: int, stage: Stage) -> Row:
         stage.last(f"{prefix}/collapsed_steps"),
     ]
     counts[1] = max(counts[1] or 0, len(stage.skipped_steps))
-    cells = [stage_title(run, index, stage.name), *(figure(count, 0) for count in counts), "-"]
+    cells = [stage_title(run, index, stage), *(figure(count, 0) for count in counts), "-"]
     return Row(cells, "bad" if any(counts) else "")
 
 
 def _sweep_row(run: Run, index: int, stage: Stage) -> Row:
     trials = [as_dict(trial) for trial in stage.result["trials"]] if isinstance(stage.result["trials"], list) else []
     failed = sum(trial.get("status") == "failed" for trial in trials)
-    title = f"{iteration_title(run, index)}, sweep"
-    return Row([title, "-", "-", "-", f"{failed} of {len(trials)}"], "bad" if failed else "")
+    return Row([stage_title(run, index, stage), "-", "-", "-", f"{failed} of {len(trials)}"], "bad" if failed else "")

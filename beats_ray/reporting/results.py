@@ -113,7 +113,24 @@ def leaderboard(run: Run) -> Section:
         for row in rows if row.probe_accuracy is not None
     ]  # fmt: skip
     section.charts = present(bar_chart("k-fold accuracy", bars, maximum=1.0))
+    section.tables += _task_grids(run)
     return section
+
+
+def _task_grids(run: Run) -> list[Grid]:
+    """What each encoder reaches on each task, where a run names tasks."""
+    found = {(number(one.get("iteration")), str(one.get("task"))): one for one in run.task_results}
+    if not found:
+        return []
+    tasks = list(dict.fromkeys(task for _, task in found))
+    rows = []
+    for index in sorted({index for index, _ in found if index is not None}):
+        results = [found.get((index, task), {}) for task in tasks]
+        figures = [spread(number(one.get("value")), number(one.get("standard_error"))) for one in results]
+        rows.append(Row([iteration_title(run, int(index)), *figures]))
+    heads = {str(one.get("task")): f"{one.get('task')}, {one.get('protocol')}" for one in run.task_results}
+    title = "Tasks: accuracy, or mean average precision where a clip has several labels, on held-out clips"
+    return [Grid(["encoder", *(heads[task] for task in tasks)], rows, title, text=("encoder",))]
 
 
 def learning_curves(run: Run) -> Section:

@@ -15,14 +15,21 @@ from typing import Any
 from beats_ray.config import UserError
 from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.reporting.judgements import Judgement, read_judgements
-from beats_ray.reporting.reading import as_dict, json_lines, json_list, number, parquet_rows, read_part
+from beats_ray.reporting.reading import as_dict, dicts_of, json_lines, json_list, number, parquet_rows, read_part
 from beats_ray.reporting.trials import read_unfinished_sweep
 
 STAGES = ("tokenizer", "labels", "pretrain", "probe", "sweep")
 REFUSALS = ("quarantine", "skipped", "missing")
 _MARKS = {"sweep": "sweep", "pretrain": "masking", "tokenizer": "tokenizer"}
 """Settings that a stage alone has: what its own folder is told by."""
-_RESULT_FILES = {"labels": "labels.json", "probe": "evaluation.json", "sweep": "leaderboard.json"}
+_RESULT_FILES = {
+    "labels": "labels.json",
+    "probe": "evaluation.json",
+    "sweep": "leaderboard.json",
+    "cross-validate": "cross_validation.json",
+}
+_TASK_STAGE = re.compile(r"(sweep|finetune|cross-validate|probe)-(.+)")
+_TRAININGS = ("tokenizer", "pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,18 @@ class Stage:
     metrics: list[dict[str, Any]]
     skipped_steps: list[dict[str, Any]] = field(default_factory=list)
     """Of a training: {"step", "clips"} of each update that was left out."""
+
+    @property
+    def kind(self) -> str:
+        """What it does: one of STAGES, or the protocol of a task."""
+        match = _TASK_STAGE.fullmatch(self.name)
+        return match[1] if match else self.name
+
+    @property
+    def task(self) -> str:
+        """The task of the run's `tasks` that it is for; empty for a stage that every run has."""
+        match = _TASK_STAGE.fullmatch(self.name)
+        return match[2] if match else ""
 
     @property
     def status(self) -> str:
@@ -110,6 +129,9 @@ class Run:
     """Source files that are not in the data set, by account: `quarantine`, `skipped`, `missing`."""
     baselines: dict[str, dict[str, Any]]
     iterations: dict[int, dict[str, Stage]]
+    """Of each iteration its STAGES, started or not, then those of tasks, by name."""
+    task_results: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of results.json: what each encoder reaches on each task."""
     problems: list[str] = field(default_factory=list)
     """Files that could not be read, and why."""
     is_single_stage: bool = False
@@ -117,10 +139,15 @@ class Run:
 
     @cached_property
     def judgements(self) -> list[Judgement]:
-        """Everything below the folder that `evaluate` and `cross-validate` wrote, and the probes with predictions."""
-        probes = [(f"iteration {index}, frozen probe" if index else "untrained, frozen probe", stages["probe"].place)
-                  for index, stages in sorted(self.iterations.items(), reverse=True)]  # fmt: skip
-        return read_judgements(self.place, probes, self.problems)
+        """Everything below the folder that `evaluate` and `cross-validate` wrote; of probes and tasks the newest."""
+        probes: dict[str, list[tuple[str, Place]]] = {}
+        for index, stages in sorted(self.iterations.items(), reverse=True):
+            for stage in stages.values():
+                if stage.kind in ("probe", "cross-validate"):
+                    what = f"{stage.task}, {stage.kind}" if stage.task else "frozen probe"
+                    named = f"iteration {index}, {what}" if index else f"untrained, {what}"
+                    probes.setdefault(stage.name, []).append((named, stage.place))
+        return read_judgements(self.place, probes.values(), self.problems)
 
     @property
     def name(self) -> str:
@@ -144,15 +171,26 @@ class Run:
             rows.append(self._iteration_row(index, stages, untrained))
         return rows
 
+    def _judges(self, index: int) -> set[str]:
+        """The stages that judge an iteration's encoder, as far as the config and the data set tell."""
+        tasks = {name: as_dict(one).get("protocol") for name, one in as_dict(self.config.get("tasks")).items()}
+        found = {f"{protocol}-{name}" for name, protocol in tasks.items() if index or protocol == "probe"}
+        is_labelled = bool(self.dataset.get("label_names", True))
+        if index and not tasks and is_labelled:
+            found.add("sweep")
+        if not index and is_labelled and not self.dataset.get("multi_label"):
+            found.add("probe")
+        return found
+
     def _iteration_row(self, index: int, stages: dict[str, Stage], untrained: dict[str, Any]) -> LeaderboardRow:
         probe, board = stages["probe"].result, stages["sweep"].result
         best = as_dict(board.get("best"))
         metric = str(board.get("metric", "validation/accuracy")).removeprefix("validation/")
         gain, gain_error = paired_gain(probe, untrained) if index else (None, None)
         test = number(best.get(f"test_{metric}"))
-        needed = ("pretrain", "probe") if index == 0 else STAGES[2:]
         started = [stage for stage in stages.values() if stage.status != "not started"]
-        is_done = all(stages[name].status in ("complete", "done") for name in needed)
+        ended = {stage.name for stage in started if stage.status in ("complete", "done")}
+        is_done = ended.issuperset(self._judges(index) | {"pretrain"} | {stage.name for stage in started})
         return LeaderboardRow(
             name="untrained" if index == 0 else f"iteration {index}",
             kind="untrained" if index == 0 else "iteration",
@@ -197,7 +235,8 @@ def read_run(place: Place) -> Run:
     for entry in place.list():
         match = re.fullmatch(r"iteration-(\d+)", entry.name)
         if match:
-            found[int(match[1])] = {name: _read_stage(entry / name, name, problems) for name in STAGES}
+            tasks = sorted(folder.name for folder in entry.list() if _TASK_STAGE.fullmatch(folder.name))
+            found[int(match[1])] = {name: _read_stage(entry / name, name, problems) for name in (*STAGES, *tasks)}
     single = "" if info or found else _kind_of_stage(place)
     if single:
         found[1] = {name: _read_stage(place if name == single else place / name, name, problems) for name in STAGES}
@@ -211,7 +250,8 @@ def read_run(place: Place) -> Run:
     measured = read_part(place / "iteration-0" / "baselines" / "baselines.json", problems)
     measured = measured or read_part(place / "baselines.json", problems)  # where it once was
     baselines = {key: value for key, value in as_dict(measured).items() if isinstance(value, dict)}
-    return Run(place, info, dataset, refused, baselines, found, problems, bool(single))
+    results = dicts_of(as_dict(read_part(place / "results.json", problems)).get("results"))
+    return Run(place, info, dataset, refused, baselines, found, results, problems, bool(single))
 
 
 def _read_data(
@@ -240,10 +280,12 @@ def _kind_of_stage(place: Place) -> str:
 
 def _read_stage(place: Place, name: str, problems: list[str]) -> Stage:
     state = as_dict(read_part(place / "stage.json", problems))
-    result = as_dict(read_part(place / _RESULT_FILES[name], problems)) if name in _RESULT_FILES else {}
-    if name == "sweep" and not result:
+    match = _TASK_STAGE.fullmatch(name)
+    kind = match[1] if match else name
+    result = as_dict(read_part(place / _RESULT_FILES[kind], problems)) if kind in _RESULT_FILES else {}
+    if kind == "sweep" and not result:
         result = read_unfinished_sweep(place, problems)
-    if name not in ("tokenizer", "pretrain"):
+    if kind not in _TRAININGS:
         return Stage(name, place, state, result, [])
     metrics = read_part(place / "metrics.jsonl", problems, json_lines) or []
     # While a stage runs, its newest report is here: metrics.jsonl is written at checkpoints only.

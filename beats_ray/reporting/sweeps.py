@@ -39,7 +39,8 @@ def sweeps(run: Run) -> Section:
     for index, stage in stages_of(run, "sweep"):
         board = read_board(stage.result)
         if board.trials:
-            _add_sweep(section, iteration_title(run, index), board, _space(stage))
+            title = iteration_title(run, index)
+            _add_sweep(section, f"{title}, {stage.task}" if stage.task else title, board, _space(stage))
     if section.tables:
         section.notes = [
             "Trials are compared by the validation part; the test part has chosen nothing. The best trial stands out.",

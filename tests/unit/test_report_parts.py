@@ -287,7 +287,7 @@ def test_faults_name_restarts_skipped_steps_and_their_clips(full: Shown) -> None
     assert list(rows["2 pre-training"].cells[1:4]) == ["2", "1", "0"]
     assert rows["2 pre-training"].kind == "bad"
     assert rows["1 pre-training"].kind == ""
-    assert rows["iteration 1, sweep"].cells[-1] == "1 of 7"
+    assert rows["1 fine-tuning sweep"].cells[-1] == "1 of 7"
     assert section.tables[1].rows[0].cells == ["2 pre-training", "311", "1-003, 4-007"]
 
 
@@ -423,3 +423,39 @@ def test_values_that_are_no_numbers_are_left_out_of_json(tmp_path: Path) -> None
     values = json.loads((run / "report.json").read_bytes().decode())
     points = values["sections"]["learning-curves"]["charts"][0]["lines"][0]["points"]
     assert [step for step, _ in points] == [0.0, 1.0, 3.0, 4.0]
+
+
+def test_a_run_judged_by_tasks_shows_them_all(tmp_path: Path) -> None:
+    """An unlabelled corpus: no probe and no sweep of its own, but a cross-validation and a sweep of other data sets."""
+    run = open_place(str(tmp_path / "run"))
+    tasks = {"esc50": {"protocol": "cross-validate"}, "words": {"protocol": "sweep"}}
+    (run / "run.json").write_json({"name": "corpus", "config": {"iterations": 1, "tasks": tasks}})
+    (run / "data" / "dataset.json").write_json({"name": "corpus", "clips": 9, "seconds": 9.0, "label_names": []})
+    put_stage(run / "iteration-1" / "pretrain", "complete", training_metrics(5, 6.0, 5.0))
+    trials = swept_trials(6)
+    place = run / "iteration-1" / "sweep-words"
+    put_stage(place, "complete", leaderboard={"metric": "validation/accuracy", "trials": trials, "best": trials[0]})
+    place = run / "iteration-1" / "cross-validate-esc50"
+    summary = {"folds": [1, 2], "seeds": [0], "encoders": {"encoder": {"accuracy": 0.625, "standard_error": 0.125}}}
+    put_stage(place, "running", cross_validation=summary)
+    found = confused_predictions(write_audible_dataset(tmp_path / "esc50", LABELS))
+    write_judgement(place / "encoder" / "seed-0", found, {"kind": "cross-validation", "data": str(tmp_path / "esc50")})
+    row = {"iteration": 1, "task": "esc50", "protocol": "cross-validate", "metric": "accuracy", "value": 0.8125,
+           "standard_error": 0.0625}  # fmt: skip
+    (run / "results.json").write_json({"results": [row]})
+    write_report(run.uri)
+    html, text = read_page(run)
+    for expected in (
+        "esc50, cross-validate",
+        "0.812 ± 0.062",
+        "iteration 1, words: trials",
+        "0 of 1 iterations complete",
+        "1 esc50: cross-validation",
+        "iteration 1, esc50, cross-validate/encoder/seed-0: confused most",
+        "0.625 ± 0.125",
+    ):
+        assert expected in text, expected
+    assert "<audio" in html
+    put_stage(place, "complete", cross_validation=summary)
+    write_report(run.uri)
+    assert "1 of 1 iterations complete" in read_page(run)[1]
