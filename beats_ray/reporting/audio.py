@@ -2,7 +2,7 @@
 
     mp3 = read_excerpts(open_place("s3://bucket/esc50"), ["1-100032-A-0"])["1-100032-A-0"]
 
-MP3, since every browser plays it: 4 s take about 15 KB, a sixth of their FLAC.
+MP3, since every browser plays it: 4 s take about 20 KB.
 """
 
 import io
@@ -28,7 +28,8 @@ def read_excerpts(
     """The loudest EXCERPT_SECONDS of each clip as MP3, by clip id; a clip that is not in the data set is left out.
 
     Looks for them in the given folds and splits, all where none is named; reads ids of these, and audio only of the row
-    groups that hold a wanted clip. UserError where there is no data set or its storage is away.
+    groups that hold a wanted clip. UserError where there is no data set or its storage is away, ValueError or
+    SoundFileError for audio that is damaged.
     """
     manifest = read_manifest(data)
     groups = [RowGroupRef(span.file, span.row_group, span.clips) for span in row_group_spans(manifest, folds, splits)]

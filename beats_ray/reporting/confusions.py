@@ -5,6 +5,8 @@ Audio of the worst confusions is embedded, a few seconds of a few clips, so that
 
 from collections import Counter
 
+from soundfile import SoundFileError
+
 from beats_ray.config import UserError
 from beats_ray.data.storage import open_place
 from beats_ray.reporting.audio import read_excerpts
@@ -97,7 +99,7 @@ def _add_clips(section: Section, one: Judgement, chosen: list[dict[str, str]]) -
     try:
         data = open_place(str(one.result.get("data") or ""))
         excerpts = read_excerpts(data, [row["clip_id"] for row in chosen], folds, splits)
-    except (UserError, OSError) as error:  # a copied run may be far from its data
+    except (UserError, OSError, ValueError, SoundFileError) as error:  # far from its data, or these are damaged
         section.notes.append(f"{one.name}: its clips cannot be heard here: {error}")
         return
     for row in chosen:

@@ -65,18 +65,24 @@ def measure_importance(
     scales = {name: scale_of([one[name] for one, _ in trials], space.get(name, {})) for name in varied}
     settings = [{name: plain_value(one[name]) for name in varied} for one, _ in trials]
     generator = np.random.default_rng(SEED)
-    samples = [np.arange(len(values)), *generator.integers(len(values), size=(RESAMPLES, len(values)))]
-    shares = [
-        _fanova([settings[i] for i in sample], values[sample], scales)
-        for sample in samples
-        if np.ptp(values[sample]) > 0
-    ]
-    found = [Share(name, shares[0][name], float(np.std([one[name] for one in shares[1:]], ddof=1))) for name in varied]
+    shares = _fanova(settings, values, scales)
+    if shares is None:
+        return "Importance of settings: no setting tells one trial from another."
+    samples = generator.integers(len(values), size=(RESAMPLES, len(values)))
+    drawn = [_fanova([settings[i] for i in sample], values[sample], scales) for sample in samples]
+    resampled = [one for one in drawn if one is not None]
+    found = [Share(name, shares[name], _deviation([one[name] for one in resampled])) for name in varied]
     found.sort(key=lambda share: -share.value)
     return Importance(tuple(found), len(trials), _explained(settings, values, scales), left_out)
 
 
-def _fanova(settings: list[dict[str, Any]], values: np.ndarray, scales: dict[str, Scale]) -> dict[str, float]:
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation; of too few values 1, the most that a share can be off."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 1.0
+
+
+def _fanova(settings: list[dict[str, Any]], values: np.ndarray, scales: dict[str, Scale]) -> dict[str, float] | None:
+    """The share of each setting; None where no tree can tell one trial from another."""
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -95,7 +101,10 @@ def _fanova(settings: list[dict[str, Any]], values: np.ndarray, scales: dict[str
             for one, value in zip(settings, values, strict=True)
         ]
     )
-    shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=TREES, seed=SEED))
+    try:
+        shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=TREES, seed=SEED))
+    except RuntimeError:  # a forest without any variance
+        return None
     return {name: float(share) if math.isfinite(share) else 0.0 for name, share in shares.items()}
 
 

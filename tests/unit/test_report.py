@@ -1,4 +1,4 @@
-"""The report: everything a run holds is on the page, in every state of the run, without a network, under 1 MB."""
+"""The report: everything a run holds is on the page, in every state of the run, without a network, small."""
 
 import math
 import re

@@ -21,6 +21,7 @@ from support.report_runs import (
     build_full_run,
     build_run,
     confused_predictions,
+    correct_string,
     evaluation,
     put_stage,
     swept_trials,
@@ -111,6 +112,13 @@ def test_a_setting_that_only_some_trials_have_is_left_out_and_named() -> None:
     assert isinstance(found, Importance)
     assert found.left_out == ("b",)
     assert [share.name for share in found.shares] == ["a"]
+
+
+def test_resamples_in_which_nothing_differs_are_no_failure() -> None:
+    """One trial of nine has another setting: a third of the resamples lack it."""
+    found = measure_importance([({"a": index == 0}, float(index == 0)) for index in range(9)], {})
+    assert isinstance(found, Importance)
+    assert found.shares[0].value == pytest.approx(1.0)
 
 
 def test_scales_follow_the_space_and_else_the_values() -> None:
@@ -242,13 +250,17 @@ def test_sounds_can_be_left_out_and_may_be_out_of_reach(full: Shown, tmp_path: P
     assert silent.tables == full.sections["Confusions"].tables
     assert (silent.clips, bool(full.sections["Confusions"].clips)) == ([], True)
     run = build_run(tmp_path / "run")
-    found = confused_predictions(write_audible_dataset(tmp_path / "gone", LABELS))
-    write_judgement(run / "iteration-2" / "probe", found, {**evaluation(326), "data": str(tmp_path / "nowhere")})
-    write_report(run.uri)
-    html, text = read_page(run)
-    assert "its clips cannot be heard here" in text
-    assert "confusion matrix" in text
-    assert "<audio" not in html
+    found = confused_predictions(write_audible_dataset(tmp_path / "damaged", LABELS))
+    shard = tmp_path / "damaged" / "shards" / "00000.parquet"
+    shard.write_bytes(shard.read_bytes().replace(b"fLaC", b"fLaX"))
+    for data, reason in (("nowhere", "not a prepared data set"), ("damaged", "not a mono FLAC stream")):
+        write_judgement(run / "iteration-2" / "probe", found, {**evaluation(326), "data": str(tmp_path / data)})
+        write_report(run.uri)
+        html, text = read_page(run)
+        assert "its clips cannot be heard here" in text
+        assert reason in text
+        assert "confusion matrix" in text
+        assert "<audio" not in html
 
 
 def test_a_large_matrix_is_drawn_and_a_very_large_one_is_listed(tmp_path: Path) -> None:
@@ -267,10 +279,7 @@ def test_a_large_matrix_is_drawn_and_a_very_large_one_is_listed(tmp_path: Path) 
 
 def test_iterations_are_told_apart_only_where_the_interval_leaves_out_zero(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
-    near = {
-        **evaluation(318),
-        "correct": "".join("10"[c == "1"] if i % 7 == 0 else c for i, c in enumerate(evaluation(318)["correct"])),
-    }
+    near = {**evaluation(320), "correct": correct_string(320, shift=11)}  # 2 clips more than 318, but other ones
     (run / "iteration-2" / "probe" / "evaluation.json").write_json(near)
     grid = sections_of(tmp_path / "run")["Iterations compared"].tables[0]
     verdicts = {str(row.cells[0]): row.cells[-1] for row in grid.rows}
