@@ -359,12 +359,12 @@ def test_text_of_the_run_cannot_break_a_markdown_table_or_page(tmp_path: Path) -
     assert "<script" not in table
 
 
-def test_a_long_run_of_many_trials_and_classes_stays_under_five_megabytes(tmp_path: Path) -> None:
+def test_a_long_run_of_many_trials_and_classes_stays_far_under_five_megabytes(tmp_path: Path) -> None:
     run = build_full_run(tmp_path / "run", num_labels=200, num_trials=52)
     put_stage(run / "iteration-2" / "pretrain", "complete", training_metrics(20_000, 6.9, 2.6))
     write_report(run.uri)
     html, _ = read_page(run)
-    assert len(html) < MOST_BYTES
+    assert len(html) < MOST_BYTES / 4
     assert html.count("<audio") == 12
 
 
