@@ -428,8 +428,10 @@ def test_values_that_are_no_numbers_are_left_out_of_json(tmp_path: Path) -> None
     (run / "run.json").write_json({"name": "n", "config": CONFIG})
     records = [{"step": step, "train/loss": math.nan if step == 2 else 1.0} for step in range(5)]
     put_stage(run / "iteration-1" / "pretrain", "running", records)
+    put_stage(run / "iteration-1" / "probe", "complete", evaluation={"accuracy": math.nan})
     write_report(run.uri, ("json",))
     values = json.loads((run / "report.json").read_bytes().decode())
+    assert values["leaderboard"][0]["probe_accuracy"] is None
     points = values["sections"]["learning-curves"]["charts"][0]["lines"][0]["points"]
     assert [step for step, _ in points] == [0.0, 1.0, 3.0, 4.0]
 
