@@ -377,11 +377,15 @@ def simulate(arguments: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
+@click.option("--format", "formats", type=click.Choice(("html", "md", "json")), multiple=True, default=("html",),
+              help="What to write; may be given several times. Default: html.")  # fmt: skip
+@click.option("--output", metavar="DIR", help="Write there instead of into RUN.")
+@click.option("--no-audio", is_flag=True, help="Leave the excerpts of confused clips out of the page.")
 @click.option("--curves", metavar="DIR", help="Write loss and perplexity of every iteration there too, as SVG files.")
-def report(run_folder: str, curves: str | None) -> None:
-    """Write report.html of a run, finished or not."""
+def report(run_folder: str, formats: tuple[str, ...], output: str | None, no_audio: bool, curves: str | None) -> None:
+    """Write report.html of a run, finished or not: of iterate, sweep, a training, evaluate or cross-validate."""
     _require_exists("run", run_folder)
-    written = _load("report:write_report")(run_folder)
+    written = _load("report:write_report")(run_folder, formats, output, not no_audio)
     if curves is not None:
         written += _load("report:write_curves")([run_folder], curves)
     Console().written(written)

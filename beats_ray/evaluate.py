@@ -4,7 +4,7 @@ An encoder is judged frozen: a linear classifier on its mean-pooled patch featur
 the data set's folds. A classifier, or several as an ensemble, is judged by its own predictions on `data.folds` and
 `data.splits` (all where none is named); its classes are matched with the data set's labels by name.
 
-    OUTPUT/evaluation.json      and `folds.csv` for an encoder, the files of `judgement.py` for a classifier
+    OUTPUT/evaluation.json      and the files of `judgement.py`, of an encoder those of its probe and `folds.csv`
     OUTPUT/NAME/...             the same for each of several data sets; all figures in OUTPUT/evaluation.json and .csv
 
 Clips are heard whole, or by windows (`windows.py`).
@@ -27,7 +27,7 @@ from beats_ray.inference import ClipWorker, check_pool, check_published, row_gro
 from beats_ray.judgement import RESULT_FILE, Predictions, figure_rows, judge, write_csv, write_judgement
 from beats_ray.label_order import ClassOrder, match_classes, read_class_names, translate_ids
 from beats_ray.models import AudioClassifier
-from beats_ray.probe import ProbeResult, probe_accuracy
+from beats_ray.probe import ProbeResult, probe_probabilities, summarise_probe
 from beats_ray.scoring import binomial_error
 from beats_ray.train.provenance import count_overlap
 from beats_ray.windows import ByWindows
@@ -136,18 +136,19 @@ def _open_data(config: EvaluateConfig, models: list[JudgedModel]) -> list[Judged
 def _probe(
     config: EvaluateConfig, model: JudgedModel, data: JudgedData, console: Console
 ) -> tuple[dict[str, Any], Written]:
-    clips = _collect(config, model, data, PooledFeatures, "features", console)
-    probe = probe_accuracy(clips.labelled("features"), config.probe.c)
+    clips = _collect(config, model, data, PooledFeatures, "features", console).labelled("features").in_folds()
+    names = data.manifest.label_names
+    probability_NC = probe_probabilities(clips, len(names), config.probe.c)
+    probe = summarise_probe(clips, probability_NC.argmax(1))
     console.note(
         f"frozen linear probe {probe.accuracy:.3f} ± {probe.standard_error:.3f} "
         f"({probe.clips} clips, {len(probe.fold_accuracies)} folds)"
     )
     result = {"kind": "encoder", "model": model.place.uri, "data": data.place.uri, **asdict(probe)}
-    (data.output / RESULT_FILE).write_json(result)
+    labels = [[label] for label in clips.labels.tolist()]
+    found = Predictions(clips.clip_ids, clips.folds, labels, probability_NC, names, multi_label=False)
     write_csv(data.output / FOLDS_FILE, fold_rows(probe))
-    return result, [
-        (name, (data.output / file).uri) for name, file in (("evaluation", RESULT_FILE), ("folds", FOLDS_FILE))
-    ]
+    return result, [*write_judgement(data.output, found, result), ("folds", (data.output / FOLDS_FILE).uri)]
 
 
 def fold_rows(probe: ProbeResult) -> list[list[object]]:

@@ -4,7 +4,7 @@ Every fold is judged by a classifier trained on all the others, so every clip is
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ class LabelledClips:
     labels: np.ndarray
     folds: np.ndarray
     """-1 where a clip has none: it is neither trained on nor judged."""
+
+    def in_folds(self) -> "LabelledClips":
+        """Those of them that have a fold."""
+        kept = self.folds != NO_FOLD
+        ids = [name for name, is_kept in zip(self.clip_ids, kept, strict=True) if is_kept]
+        return LabelledClips(ids, self.features[kept], self.labels[kept], self.folds[kept])
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,27 @@ def linear_classifier(c: float = 1.0) -> Any:
 
 def cross_validate(clips: LabelledClips, build_classifier: Callable[[], Any]) -> ProbeResult:
     """Judges each fold by a classifier trained on the others. UserError for fewer than two folds or one label."""
-    kept = clips.folds != NO_FOLD
-    features, labels, folds = clips.features[kept], clips.labels[kept], clips.folds[kept]
+    clips = clips.in_folds()
+    predicted = np.zeros_like(clips.labels)
+    for held_out, classifier in fit_folds(clips, build_classifier):
+        predicted[held_out] = classifier.predict(clips.features[held_out])
+    return summarise_probe(clips, predicted)
+
+
+def probe_probabilities(clips: LabelledClips, num_labels: int, c: float = 1.0) -> np.ndarray:
+    """What the probe says of each clip while its fold is held out: float64 (clips, labels), 0 for a label not trained.
+
+    All clips must have a fold (`in_folds`). UserError as `cross_validate`.
+    """
+    probability_NC = np.zeros((len(clips.labels), num_labels))
+    for held_out, classifier in fit_folds(clips, lambda: linear_classifier(c)):
+        probability_NC[np.ix_(held_out, classifier.classes_)] = classifier.predict_proba(clips.features[held_out])
+    return probability_NC
+
+
+def fit_folds(clips: LabelledClips, build_classifier: Callable[[], Any]) -> Iterator[tuple[np.ndarray, Any]]:
+    """For each fold which clips are in it, and a classifier trained on the others."""
+    features, labels, folds = clips.features, clips.labels, clips.folds
     names = sorted(set(folds.tolist()))
     if len(names) < 2:
         raise UserError(
@@ -74,15 +99,19 @@ def cross_validate(clips: LabelledClips, build_classifier: Callable[[], Any]) ->
         )
     if len(set(labels.tolist())) < 2:
         raise UserError("data: all labelled clips have the same label; there is nothing to tell apart")
-    is_right = np.zeros(len(labels), dtype=bool)
     for fold in names:
         held_out = folds == fold
         if len(set(labels[~held_out].tolist())) < 2:
             raise UserError(f"data: outside fold {fold} all clips have the same label; choose more folds")
-        classifier = build_classifier().fit(features[~held_out], labels[~held_out])
-        is_right[held_out] = classifier.predict(features[held_out]) == labels[held_out]
+        yield held_out, build_classifier().fit(features[~held_out], labels[~held_out])
+
+
+def summarise_probe(clips: LabelledClips, predicted: np.ndarray) -> ProbeResult:
+    """Accuracy of predictions that were made fold by fold."""
+    labels, is_right = clips.labels, predicted == clips.labels
     accuracy = float(is_right.mean())
-    per_fold = {str(fold): float(is_right[folds == fold].mean()) for fold in names}
+    names = sorted(set(clips.folds.tolist()))
+    per_fold = {str(fold): float(is_right[clips.folds == fold].mean()) for fold in names}
     return ProbeResult(
         accuracy=accuracy,
         standard_error=binomial_error(accuracy, len(labels)),

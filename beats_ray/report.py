@@ -1,47 +1,76 @@
-"""`beats-ray report RUN`: one self-contained report.html of a run, finished or not, and the leaderboard as data.
+"""`beats-ray report RUN`: a run, finished or not, as one page, as Markdown or as data.
 
-    RUN/report.html         opens anywhere without a network; charts are inline SVG
-    RUN/leaderboard.json    the same table for programs
-    RUN/leaderboard.md      and for a README
+    RUN/report.html         opens anywhere without a network: charts are inline SVG, sounds inline MP3
+    RUN/report.md           with --format md: for a merge request or a terminal
+    RUN/report.json         with --format json: for programs
+    RUN/leaderboard.json    the leaderboard alone, always
+    RUN/leaderboard.md
 
-What a run has not got (yet) is said to be absent.
+RUN is what `iterate` writes, or the folder of one `sweep`, training, `evaluate` or `cross-validate`. What a run has not
+got (yet) is said to be absent.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict
-
-import jinja2
+from functools import partial
+from typing import Literal
 
 from beats_ray.data.storage import open_place
+from beats_ray.reporting.codebooks import codebooks
+from beats_ray.reporting.comparison import iterations_compared
+from beats_ray.reporting.confusions import confusions
 from beats_ray.reporting.evaluations import evaluations
-from beats_ray.reporting.operations import data_health, loading, settings, throughput
+from beats_ray.reporting.handover import loading, settings
+from beats_ray.reporting.layout import Grid, Row, Section
+from beats_ray.reporting.operations import data_health, faults, throughput
+from beats_ray.reporting.pages import as_html, as_json, as_markdown, markdown_table
 from beats_ray.reporting.pictures import Points, curves_picture
-from beats_ray.reporting.results import (
-    COLUMNS,
-    codebooks,
-    headline,
-    leaderboard,
-    leaderboard_cells,
-    learning_curves,
-    sweeps,
-)
+from beats_ray.reporting.results import COLUMNS, headline, leaderboard, leaderboard_cells, learning_curves
 from beats_ray.reporting.run_folder import LeaderboardRow, Run, read_run
+from beats_ray.reporting.sweeps import sweeps
 
-SECTIONS = (leaderboard, evaluations, learning_curves, sweeps, codebooks, data_health, throughput, settings, loading)
+Format = Literal["html", "md", "json"]
 
 
-def write_report(run: str) -> list[tuple[str, str]]:
+def write_report(
+    run: str, formats: Sequence[Format] = ("html",), output: str | None = None, with_audio: bool = True
+) -> list[tuple[str, str]]:
     """Writes the report of the run at a local path, s3:// or gs:// address; returns what was written and where.
 
-    UserError where there is no run.
+    output: a folder to write to instead of the run's. with_audio: whether short excerpts of confused clips become part
+    of the page. UserError where there is no run.
     """
-    place = open_place(run)
-    contents = read_run(place)
-    rows = contents.leaderboard()
-    (place / "leaderboard.json").write_json([asdict(row) for row in rows])
-    (place / "leaderboard.md").write_bytes(leaderboard_markdown(rows).encode())
-    (place / "report.html").write_bytes(render(contents).encode())
-    return [("report", (place / "report.html").uri), ("leaderboard", (place / "leaderboard.md").uri)]
+    contents = read_run(open_place(run))
+    target = open_place(run if output is None else output)
+    rows = [] if contents.is_single_stage else contents.leaderboard()
+    sections = build_sections(contents, with_audio and "html" in formats)
+    subtitle, tiles = headline(contents)
+    written = []
+    for name in dict.fromkeys(formats):
+        text = (
+            as_html(contents, subtitle, tiles, sections)
+            if name == "html"
+            else as_markdown(contents, subtitle, tiles, sections)
+            if name == "md"
+            else as_json(contents, tiles, sections)
+        )
+        place = target / f"report.{name}"
+        place.write_bytes(text.encode())
+        written.append(("report", place.uri))
+    if rows:
+        (target / "leaderboard.json").write_json([asdict(row) for row in rows])
+        (target / "leaderboard.md").write_bytes(leaderboard_markdown(rows).encode())
+        written.append(("leaderboard", (target / "leaderboard.md").uri))
+    return written
+
+
+def build_sections(run: Run, with_audio: bool) -> list[Section]:
+    """All sections of the report, in the order of the page; damaged files are added to the run's problems."""
+    builders = (
+        leaderboard, iterations_compared, learning_curves, sweeps, evaluations,
+        partial(confusions, with_audio=with_audio), codebooks, data_health, throughput, faults, settings, loading,
+    )  # fmt: skip
+    return [build(run) for build in builders]
 
 
 def write_curves(runs: Sequence[str], folder: str) -> list[tuple[str, str]]:
@@ -74,16 +103,6 @@ def write_curves(runs: Sequence[str], folder: str) -> list[tuple[str, str]]:
     return written
 
 
-def render(run: Run) -> str:
-    """The report as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("beats_ray"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    subtitle, tiles = headline(run)
-    template = environment.get_template("report.html.j2")
-    return template.render(run=run, subtitle=subtitle, tiles=tiles, sections=[section(run) for section in SECTIONS])
-
-
 def leaderboard_rows(run: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the leaderboard of the run at a local path, s3:// or gs:// address, ready to print."""
     return COLUMNS, [leaderboard_cells(row) for row in read_run(open_place(run)).leaderboard()]
@@ -91,5 +110,5 @@ def leaderboard_rows(run: str) -> tuple[list[str], list[list[str]]]:
 
 def leaderboard_markdown(rows: list[LeaderboardRow]) -> str:
     """The leaderboard as a Markdown table."""
-    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 2) + ["---"], *map(leaderboard_cells, rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    text = (COLUMNS[0], COLUMNS[-1])
+    return markdown_table(Grid(COLUMNS, [Row(leaderboard_cells(row)) for row in rows], "Leaderboard", text=text))

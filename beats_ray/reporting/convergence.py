@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from beats_ray.data.storage import Place
-from beats_ray.reporting.run_folder import number, read_run
+from beats_ray.reporting.reading import number
+from beats_ray.reporting.run_folder import read_run
 
 BASELINES = {"random_forest_mfcc": "random forest, MFCC", "mean_log_mel": "linear, mean log-mel"}
 TAIL_SHARE = 0.1

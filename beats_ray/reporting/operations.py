@@ -1,31 +1,35 @@
-"""The rest of the report: data, throughput, settings, and how to use the models."""
+"""The report's operations: data health, throughput, and what went wrong and was mended."""
 
 from collections import Counter
 from typing import Any
 
-import yaml
-
-from beats_ray.reporting.charts import Bar, bar_chart
+from beats_ray.reporting.charts import Bar, Chart, Line, bar_chart, line_chart, present
 from beats_ray.reporting.layout import (
-    TITLES,
     Grid,
+    Row,
     Section,
-    best_trial,
     duration,
     figure,
-    present,
+    percent,
     stage_title,
     stages_of,
 )
-from beats_ray.reporting.run_folder import STAGES, Run, number
+from beats_ray.reporting.reading import as_dict, number
+from beats_ray.reporting.run_folder import Run, Stage
 
 MAX_REASONS = 12
 EXAMPLES_PER_REASON = 3
+MAX_SKIPPED_STEPS = 20
+ACCOUNTS = {
+    "quarantine": "Quarantined: files that cannot be used",
+    "skipped": "Skipped: files that the layout does not want",
+    "missing": "Missing: recordings that the tables name and the source does not hold",
+}
 
 
 def data_health(run: Run) -> Section:
-    """What the data set holds, and which files were refused."""
-    section = Section("Data")
+    """What the data set holds, and which files are not in it and why."""
+    section = Section("Data health")
     data = run.dataset
     if not data:
         section.absent = "The data set's dataset.json was not found."
@@ -37,6 +41,7 @@ def data_health(run: Run) -> Section:
         f"{data.get('name') or 'data set'}: {clips:,.0f} clips, {seconds / 3600:.2f} hours, {len(labels)} labels.",
         f"Source: {data.get('source') or 'unknown'}.",
         f"{refused:,.0f} of {files:,.0f} source files ({refused / files if files else 0:.2%}) were quarantined.",
+        f"Other files skipped: {figure(data.get('skipped'), 0)}; recordings missing: {figure(data.get('missing'), 0)}.",
     ]
     for title, counts in (("clips by fold", data.get("clips_by_fold")), ("clips by split", data.get("clips_by_split"))):
         if isinstance(counts, dict) and len(counts) > 1:
@@ -44,24 +49,21 @@ def data_health(run: Run) -> Section:
                 Bar(str(name), number(count) or 0.0, f"{number(count) or 0:,.0f}") for name, count in counts.items()
             ]
             section.charts += present(bar_chart(title, bars))
-    if run.quarantine:
-        section.tables = [_quarantine_grid(run.quarantine)]
+    section.tables = [_refusals_grid(title, run.refused[name]) for name, title in ACCOUNTS.items()
+                      if run.refused.get(name)]  # fmt: skip
     return section
 
 
-def _quarantine_grid(rows: list[dict[str, Any]]) -> Grid:
+def _refusals_grid(title: str, rows: list[dict[str, Any]]) -> Grid:
     reasons = Counter(str(row.get("reason") or "no reason given") for row in rows)
     lines = []
     for reason, count in reasons.most_common(MAX_REASONS):
         names = [_file_of(row) for row in rows if str(row.get("reason") or "no reason given") == reason]
         rest = f" and {count - EXAMPLES_PER_REASON} more" if count > EXAMPLES_PER_REASON else ""
-        lines.append({"cells": [reason, str(count), ", ".join(names[:EXAMPLES_PER_REASON]) + rest], "kind": ""})
-    title = (
-        "Quarantined files"
-        if len(reasons) <= MAX_REASONS
-        else f"Quarantined files: the {MAX_REASONS} commonest of {len(reasons)} reasons"
-    )
-    return Grid(["reason", "files", "examples"], lines, text=("reason", "examples"), title=title)
+        lines.append(Row([reason, str(count), ", ".join(names[:EXAMPLES_PER_REASON]) + rest]))
+    if len(reasons) > MAX_REASONS:
+        title += f" (the {MAX_REASONS} commonest of {len(reasons)} reasons)"
+    return Grid(["reason", "files", "examples"], lines, title, text=("reason", "examples"))
 
 
 def _file_of(row: dict[str, Any]) -> str:
@@ -75,82 +77,91 @@ def throughput(run: Run) -> Section:
     section = Section("Throughput and stage times")
     bars, rows = [], []
     for index, stages in sorted(run.iterations.items()):
-        for name in STAGES:
-            stage = stages[name]
+        for stage in stages.values():
             if stage.status == "not started":
                 continue
             seconds = stage.seconds
             if seconds is not None:
-                bars.append(Bar(stage_title(index, name), seconds, duration(seconds)))
-            last = {key: stage.last(key) for key in ("perf/clips_per_s", "data/wait_fraction", "step", "clips")}
-            cells = [stage_title(index, name), stage.status, "-" if seconds is None else duration(seconds)]
-            cells += [figure(last["step"], 0), figure(last["clips"], 0), figure(last["perf/clips_per_s"], 1)]
-            cells.append("-" if last["data/wait_fraction"] is None else f"{last['data/wait_fraction']:.1%}")
-            rows.append({"cells": cells, "kind": ""})
+                bars.append(Bar(stage_title(run, index, stage), seconds, duration(seconds)))
+            cells = [stage_title(run, index, stage), stage.status, "-" if seconds is None else duration(seconds)]
+            cells += [figure(stage.last("step"), 0), figure(stage.last("clips"), 0)]
+            cells += [figure(stage.last("perf/clips_per_s"), 1), percent(stage.last("data/wait_fraction"))]
+            cells += [percent(stage.last("perf/mfu")), figure(stage.last("perf/gpu_memory_gib"), 1)]
+            cells += [figure(stage.last("perf/checkpoint_seconds"), 1)]
+            rows.append(Row(cells))
     if not rows:
         section.absent = "No stage has started yet."
         return section
-    section.charts = present(bar_chart("stage times", bars))
-    columns = ["stage", "state", "time", "steps", "clips", "clips/s", "waiting for data"]
-    section.tables = [Grid(columns, rows, text=("stage", "state"))]
-    return section
-
-
-def settings(run: Run) -> Section:
-    """The resolved settings of the run and of each stage."""
-    section = Section("Settings")
-    if run.config:
-        section.code.append(_code("The run's resolved config", _yaml(run.config), folded=True))
-    for index, stages in sorted(run.iterations.items()):
-        for stage in stages.values():
-            own = stage.state.get("config")
-            if isinstance(own, dict) and own and own != run.config:
-                section.code.append(
-                    _code(
-                        f"iteration {index}: {TITLES[stage.name]}" if index else stage_title(0, stage.name),
-                        _yaml(own),
-                        folded=True,
-                    )
-                )
-    if not section.code:
-        section.absent = "No config was found."
-    return section
-
-
-def loading(run: Run) -> Section:
-    """How to use the newest models."""
-    section = Section("Use the models")
-    newest = max((index for index, _ in stages_of(run, "pretrain", complete=True)), default=None)
-    if newest is None:
-        section.absent = "No encoder has been published yet."
-        return section
-    folder = f"{run.place.uri}/iteration-{newest}"
-    remote = run.place.is_remote
-    copy = "gcloud storage cp --recursive" if run.place.uri.startswith("gs://") else "aws s3 cp --recursive"
-    where = "encoder" if remote else f"{folder}/pretrain/model"
-    python = (
-        "from beats_ray.models import compute_fbank, load_model, normalise_fbank\n\n"
-        + (f"# first: {copy} {folder}/pretrain/model encoder\n" if remote else "")
-        + f'encoder = load_model("{where}")\n'
-        "fbank, frames = compute_fbank(wave)              # (clips, samples) at 16 kHz, int16 or float in [-1, 1]\n"
-        "fbank = normalise_fbank(fbank, encoder.config.fbank_mean, encoder.config.fbank_std, frames)\n"
-        "features = encoder(fbank, frames).features_BND   # (clips, patches, width)"
+    section.charts = present(
+        bar_chart("stage times", bars),
+        _over_stages(run, "clips a second", "perf/clips_per_s"),
+        _over_stages(run, "part of the time that workers waited for data", "data/wait_fraction"),
     )
-    section.code.append(_code("The newest encoder, in Python", python))
-    tuned = max((index for index, stage in stages_of(run, "sweep", complete=True) if best_trial(stage)), default=None)
-    if tuned is not None:
-        section.code.append(
-            _code(
-                "The best classifier, on the command line",
-                f"beats-ray predict {run.place.uri}/iteration-{tuned}/sweep/model FILE...",
-            )
+    columns = ["stage", "state", "time", "steps", "clips", "clips/s", "waiting for data", "MFU", "GPU GiB", "saving, s"]
+    section.tables = [Grid(columns, rows, "Stages, by their newest reports", text=("stage", "state"))]
+    return section
+
+
+def _over_stages(run: Run, title: str, metric: str) -> Chart:
+    trainings = [(index, stage) for name in ("tokenizer", "pretrain") for index, stage in stages_of(run, name)]
+    lines = [
+        Line(stage_title(run, index, stage), stage.series(metric), f"series-{place % 4 + 1}", place >= 4)
+        for place, (index, stage) in enumerate([one for one in trainings if len(one[1].series(metric)) > 1][:8])
+    ]
+    return line_chart(title, lines, "step")
+
+
+def faults(run: Run) -> Section:
+    """Restarts, updates that were left out, collapsed codebooks, failed trials."""
+    section = Section("Faults")
+    trained = [
+        (index, stage) for index, stages in sorted(run.iterations.items()) for stage in stages.values() if stage.metrics
+    ]
+    swept = [(index, stage) for index, stage in stages_of(run, "sweep") if stage.result.get("trials")]
+    if not trained and not swept:
+        section.absent = "No training stage has reported yet."
+        return section
+    rows = [_fault_row(run, index, stage) for index, stage in trained]
+    rows += [_sweep_row(run, index, stage) for index, stage in swept]
+    columns = ["stage", "restarts", "skipped steps", "collapsed codes, steps", "failed trials"]
+    section.tables = [Grid(columns, rows, "Faults by stage", text=("stage",))]
+    section.notes = [
+        "Restarts: how often a training began again, whatever for.",
+        "Skipped steps: updates left out since loss or gradient was no finite number.",
+    ]
+    skipped = [
+        Row(
+            [
+                stage_title(run, index, stage),
+                figure(one.get("step"), 0),
+                ", ".join(map(str, one.get("clips") or [])),
+            ]
+        )
+        for index, stage in trained
+        for one in stage.skipped_steps
+    ]
+    if skipped:
+        title = "Skipped steps and their clips"
+        title += f" (the first {MAX_SKIPPED_STEPS} of {len(skipped)})" if len(skipped) > MAX_SKIPPED_STEPS else ""
+        section.tables.append(
+            Grid(["stage", "step", "clips"], skipped[:MAX_SKIPPED_STEPS], title, text=("stage", "clips"))
         )
     return section
 
 
-def _code(title: str, text: str, folded: bool = False) -> dict[str, Any]:
-    return {"title": title, "text": text, "folded": folded}
+def _fault_row(run: Run, index: int, stage: Stage) -> Row:
+    prefix = "tokenizer" if stage.name == "tokenizer" else "labels"
+    counts = [
+        stage.last("train/recoveries"),
+        stage.last("train/skipped_steps"),
+        stage.last(f"{prefix}/collapsed_steps"),
+    ]
+    counts[1] = max(counts[1] or 0, len(stage.skipped_steps))
+    cells = [stage_title(run, index, stage), *(figure(count, 0) for count in counts), "-"]
+    return Row(cells, "bad" if any(counts) else "")
 
 
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+def _sweep_row(run: Run, index: int, stage: Stage) -> Row:
+    trials = [as_dict(trial) for trial in stage.result["trials"]] if isinstance(stage.result["trials"], list) else []
+    failed = sum(trial.get("status") == "failed" for trial in trials)
+    return Row([stage_title(run, index, stage), "-", "-", "-", f"{failed} of {len(trials)}"], "bad" if failed else "")

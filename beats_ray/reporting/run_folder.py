@@ -6,18 +6,30 @@
 A run is readable at any moment, also while it goes on.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from beats_ray.config import UserError
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.reporting.judgements import Judgement, read_judgements
+from beats_ray.reporting.reading import as_dict, dicts_of, json_lines, json_list, number, parquet_rows, read_part
+from beats_ray.reporting.trials import read_unfinished_sweep
 
 STAGES = ("tokenizer", "labels", "pretrain", "probe", "sweep")
-_RESULT_FILES = {"labels": "labels.json", "probe": "evaluation.json", "sweep": "leaderboard.json"}
+REFUSALS = ("quarantine", "skipped", "missing")
+_MARKS = {"sweep": "sweep", "pretrain": "masking", "tokenizer": "tokenizer"}
+"""Settings that a stage alone has: what its own folder is told by."""
+_RESULT_FILES = {
+    "labels": "labels.json",
+    "probe": "evaluation.json",
+    "sweep": "leaderboard.json",
+    "cross-validate": "cross_validation.json",
+}
+_TASK_STAGE = re.compile(r"(sweep|finetune|cross-validate|probe)-(.+)")
+_TRAININGS = ("tokenizer", "pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,25 @@ class Stage:
     result: dict[str, Any]
     """The stage's own result file: labels.json, evaluation.json or leaderboard.json."""
     metrics: list[dict[str, Any]]
+    skipped_steps: list[dict[str, Any]] = field(default_factory=list)
+    """Of a training: {"step", "clips"} of each update that was left out."""
+
+    @property
+    def kind(self) -> str:
+        """What it does: one of STAGES, or the protocol of a task."""
+        match = _TASK_STAGE.fullmatch(self.name)
+        return match[1] if match else self.name
+
+    @property
+    def task(self) -> str:
+        """The task of the run's `tasks` that it is for; empty for a stage that every run has."""
+        match = _TASK_STAGE.fullmatch(self.name)
+        return match[2] if match else ""
 
     @property
     def status(self) -> str:
-        return str(self.state.get("status") or ("complete" if self.result else "not started"))
+        default = "complete" if self.result else "running" if self.metrics else "not started"
+        return str(self.state.get("status") or self.result.get("status") or default)
 
     @property
     def seconds(self) -> float | None:
@@ -44,7 +71,7 @@ class Stage:
     @property
     def teacher(self) -> str:
         """Of a tokenizer: what it was distilled from, as readers know it; `-` where nothing says so."""
-        config = _dict(self.state.get("config"))
+        config = as_dict(self.state.get("config"))
         inputs = config.get("inputs")
         if not isinstance(inputs, dict):
             return "-"
@@ -98,11 +125,29 @@ class Run:
     """`run.json`."""
     dataset: dict[str, Any]
     """The data set's manifest without its shards."""
-    quarantine: list[dict[str, Any]]
+    refused: dict[str, list[dict[str, Any]]]
+    """Source files that are not in the data set, by account: `quarantine`, `skipped`, `missing`."""
     baselines: dict[str, dict[str, Any]]
     iterations: dict[int, dict[str, Stage]]
+    """Of each iteration its STAGES, started or not, then those of tasks, by name."""
+    task_results: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of results.json: what each encoder reaches on each task."""
     problems: list[str] = field(default_factory=list)
     """Files that could not be read, and why."""
+    is_single_stage: bool = False
+    """The folder of one command, `sweep` or a training, and not of `iterate`: it is iteration 1 here."""
+
+    @cached_property
+    def judgements(self) -> list[Judgement]:
+        """Everything below the folder that `evaluate` and `cross-validate` wrote; of probes and tasks the newest."""
+        probes: dict[str, list[tuple[str, Place]]] = {}
+        for index, stages in sorted(self.iterations.items(), reverse=True):
+            for stage in stages.values():
+                if stage.kind in ("probe", "cross-validate"):
+                    what = f"{stage.task}, {stage.kind}" if stage.task else "frozen probe"
+                    named = f"iteration {index}, {what}" if index else f"untrained, {what}"
+                    probes.setdefault(stage.name, []).append((named, stage.place))
+        return read_judgements(self.place, probes.values(), self.problems)
 
     @property
     def name(self) -> str:
@@ -126,15 +171,26 @@ class Run:
             rows.append(self._iteration_row(index, stages, untrained))
         return rows
 
+    def _judges(self, index: int) -> set[str]:
+        """The stages that judge an iteration's encoder, as far as the config and the data set tell."""
+        tasks = {name: as_dict(one).get("protocol") for name, one in as_dict(self.config.get("tasks")).items()}
+        found = {f"{protocol}-{name}" for name, protocol in tasks.items() if index or protocol == "probe"}
+        is_labelled = bool(self.dataset.get("label_names", True))
+        if index and not tasks and is_labelled:
+            found.add("sweep")
+        if not index and is_labelled and not self.dataset.get("multi_label"):
+            found.add("probe")
+        return found
+
     def _iteration_row(self, index: int, stages: dict[str, Stage], untrained: dict[str, Any]) -> LeaderboardRow:
         probe, board = stages["probe"].result, stages["sweep"].result
-        best = _dict(board.get("best"))
+        best = as_dict(board.get("best"))
         metric = str(board.get("metric", "validation/accuracy")).removeprefix("validation/")
         gain, gain_error = paired_gain(probe, untrained) if index else (None, None)
         test = number(best.get(f"test_{metric}"))
-        needed = ("pretrain", "probe") if index == 0 else STAGES[2:]
         started = [stage for stage in stages.values() if stage.status != "not started"]
-        is_done = all(stages[name].status in ("complete", "done") for name in needed)
+        ended = {stage.name for stage in started if stage.status in ("complete", "done")}
+        is_done = ended.issuperset(self._judges(index) | {"pretrain"} | {stage.name for stage in started})
         return LeaderboardRow(
             name="untrained" if index == 0 else f"iteration {index}",
             kind="untrained" if index == 0 else "iteration",
@@ -153,11 +209,6 @@ def _binomial_error(accuracy: float | None, clips: Any) -> float | None:
     return math.sqrt(accuracy * (1 - accuracy) / clips) if accuracy is not None and number(clips) else None
 
 
-def leaderboard_rows(run: str) -> list[LeaderboardRow]:
-    """The leaderboard of the run at a local path, s3:// or gs:// address. UserError where there is no run."""
-    return read_run(open_place(run)).leaderboard()
-
-
 def paired_gain(probe: dict[str, Any], reference: dict[str, Any]) -> tuple[float | None, float | None]:
     """Difference of two probe accuracies, and its standard error, over the same clips where per-clip results exist."""
     accuracy, base = number(probe.get("accuracy")), number(reference.get("accuracy"))
@@ -173,88 +224,74 @@ def paired_gain(probe: dict[str, Any], reference: dict[str, Any]) -> tuple[float
     return accuracy - base, None if None in errors else math.hypot(*(e for e in errors if e is not None))
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_run(place: Place) -> Run:
-    """Reads what is there. UserError where the folder holds neither run.json, an iteration nor an evaluation."""
+    """Reads what is there. UserError where the folder holds no run, no stage and no evaluation."""
     problems: list[str] = []
-    info = _dict(_read(place / "run.json", _json, problems))
+    info = as_dict(read_part(place / "run.json", problems))
     found = {}
     for entry in place.list():
         match = re.fullmatch(r"iteration-(\d+)", entry.name)
         if match:
-            found[int(match[1])] = {name: _read_stage(entry / name, problems) for name in STAGES}
+            tasks = sorted(folder.name for folder in entry.list() if _TASK_STAGE.fullmatch(folder.name))
+            found[int(match[1])] = {name: _read_stage(entry / name, name, problems) for name in (*STAGES, *tasks)}
+    single = "" if info or found else _kind_of_stage(place)
+    if single:
+        found[1] = {name: _read_stage(place if name == single else place / name, name, problems) for name in STAGES}
     judged = any((place / name).exists() for name in ("evaluation.json", "cross_validation.json"))
     if not info and not found and not judged:
         raise UserError(
-            f"{place.uri}: not a run (no run.json, no iteration-K folder and no evaluation); give the OUTPUT of "
-            "`iterate`, `evaluate` or `cross-validate`"
+            f"{place.uri}: not a run (no run.json, no iteration-K folder, no stage and no evaluation); give the OUTPUT "
+            "of `iterate`, `sweep`, a training, `evaluate` or `cross-validate`"
         )
-    dataset_place = open_place(info["data"]) if isinstance(info.get("data"), str) and info["data"] else place / "data"
+    dataset, refused = _read_data(place, info, problems)
+    measured = read_part(place / "iteration-0" / "baselines" / "baselines.json", problems)
+    measured = measured or read_part(place / "baselines.json", problems)  # where it once was
+    baselines = {key: value for key, value in as_dict(measured).items() if isinstance(value, dict)}
+    results = dicts_of(as_dict(read_part(place / "results.json", problems)).get("results"))
+    return Run(place, info, dataset, refused, baselines, found, results, problems, bool(single))
+
+
+def _read_data(
+    place: Place, info: dict[str, Any], problems: list[str]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The data set's manifest, and its accounts of source files that are not in it."""
+    data = open_place(info["data"]) if isinstance(info.get("data"), str) and info["data"] else place / "data"
     try:
-        dataset = _dict(_read(dataset_place / "dataset.json", _json, problems))
-        quarantine = _read(dataset_place / "quarantine.parquet", _rows, problems) or []
+        dataset = as_dict(read_part(data / "dataset.json", problems))
+        refused = {name: read_part(data / f"{name}.parquet", problems, parquet_rows) or [] for name in REFUSALS}
     except StorageError as error:  # a copied run may be far from its data
         problems.append(str(error))
-        dataset, quarantine = {}, []
+        return {}, {}
     dataset.pop("shards", None)
-    stage = place / "iteration-0" / "baselines" / "baselines.json"
-    measured = _read(stage, _json, problems) or _read(place / "baselines.json", _json, problems)  # where it once was
-    baselines = {k: v for k, v in _dict(measured).items() if isinstance(v, dict)}
-    return Run(place, info, dataset, quarantine, baselines, found, problems)
+    return dataset, refused
 
 
-def _read_stage(place: Place, problems: list[str]) -> Stage:
-    state = _dict(_read(place / "stage.json", _json, problems))
-    result = _dict(_read(place / _RESULT_FILES[place.name], _json, problems)) if place.name in _RESULT_FILES else {}
-    is_training = place.name in ("tokenizer", "pretrain")
-    metrics = (_read(place / "metrics.jsonl", _json_lines, problems) or []) if is_training else []
+def _kind_of_stage(place: Place) -> str:
+    """Which stage a folder is that one command wrote; empty where it is none."""
+    settings = as_dict(as_dict(read_part(place / "stage.json", [])).get("config"))
+    for name, field_name in _MARKS.items():
+        if field_name in settings:
+            return name
+    return ""
+
+
+def _read_stage(place: Place, name: str, problems: list[str]) -> Stage:
+    state = as_dict(read_part(place / "stage.json", problems))
+    match = _TASK_STAGE.fullmatch(name)
+    kind = match[1] if match else name
+    result = as_dict(read_part(place / _RESULT_FILES[kind], problems)) if kind in _RESULT_FILES else {}
+    if kind == "sweep" and not result:
+        result = read_unfinished_sweep(place, problems)
+    if kind not in _TRAININGS:
+        return Stage(name, place, state, result, [])
+    metrics = read_part(place / "metrics.jsonl", problems, json_lines) or []
     # While a stage runs, its newest report is here: metrics.jsonl is written at checkpoints only.
-    newest = _dict(_read(place / "progress.json", _json, problems)) if is_training else {}
+    newest = as_dict(read_part(place / "progress.json", problems))
     steps = [number(record.get("step")) or 0 for record in metrics]
     if number(newest.get("step")) is not None and newest["step"] > max(steps, default=-1):
         metrics.append(newest)
-    return Stage(place.name, place, state, result, metrics)
-
-
-def read_part(place: Place, problems: list[str], parse: Callable[[Place], Any] | None = None) -> Any:
-    """A file of the run, by default one JSON object; None where it is absent, or is added to the problems."""
-    return _read(place, parse or (lambda file: _dict(_json(file))), problems)
-
-
-def _read(place: Place, parse: Callable[[Place], Any], problems: list[str]) -> Any:
-    try:
-        return parse(place)
-    except FileNotFoundError:
-        return None
-    except StorageError:
-        raise
-    except (ValueError, OSError) as error:
-        problems.append(f"{place.uri}: {' '.join(str(error).split())[:200]}")
-        return None
-
-
-def _json(place: Place) -> Any:
-    return place.read_json()
-
-
-def _json_lines(place: Place) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in place.read_bytes().decode().splitlines() if line.strip()]
-    return [record for record in records if isinstance(record, dict)]
-
-
-def _rows(place: Place) -> list[dict[str, Any]]:
-    from beats_ray.data.storage import read_table
-
-    return list(read_table(place).to_pylist())
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    skipped = read_part(place / "skipped-steps.json", problems, json_list) or []
+    return Stage(name, place, state, result, metrics, [one for one in skipped if isinstance(one, dict)])

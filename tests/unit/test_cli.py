@@ -66,6 +66,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["export", "/nowhere", "README.md.pt"], "source=/nowhere: does not exist"),
     (["export", "tests", "o.pt"], "no published model there (no config.json)"),
     (["report", "/nowhere"], "run=/nowhere: does not exist"),
+    (["report", ".", "--format", "pdf"], "'pdf' is not one of 'html', 'md', 'json'"),
+    (["report", "tests"], "not a run (no run.json, no iteration-K folder, no stage and no evaluation)"),
 ]
 
 
@@ -130,7 +132,7 @@ def test_show_config_prints_complete_settings_without_secrets() -> None:
 def test_a_failure_is_a_traceback_and_status_1_without_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(_run: str) -> list[str]:
+    def fail(*_arguments: object) -> list[str]:
         raise RuntimeError(f"the store said no to {SECRET}")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
@@ -162,7 +164,7 @@ class WrappedError(Exception):
 def test_a_mistake_found_by_a_worker_is_one_line_and_status_2(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(_run: str) -> list[str]:
+    def fail(*_arguments: object) -> list[str]:
         raise error
 
     monkeypatch.setattr(cli, "_load", lambda _entry: fail)
@@ -175,7 +177,7 @@ def test_ctrl_c_and_sigterm_unwind_and_give_their_status(number: int, status: in
     code = f"""
 import os, pathlib, time
 from beats_ray import cli
-def job(run):
+def job(*arguments):
     try:
         os.kill(os.getpid(), {int(number)})
         time.sleep(30)

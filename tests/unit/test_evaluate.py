@@ -29,7 +29,7 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.predict import predict_wave, run_predict, split_windows
-from beats_ray.probe import LabelledClips, cross_validate, probe_accuracy
+from beats_ray.probe import LabelledClips, cross_validate, probe_accuracy, probe_probabilities, summarise_probe
 from beats_ray.tokenize import code_usage, run_tokenize
 from tests.support.prepared import write_dataset
 
@@ -88,6 +88,21 @@ def test_the_probe_finds_a_direction_at_any_scale() -> None:
     result = probe_accuracy(clips(labels, features, [index % 5 for index in range(150)]))
     assert result.accuracy == 1.0
     assert result.clips == 150
+
+
+def test_the_probabilities_of_the_probe_are_those_of_clips_that_it_has_not_heard() -> None:
+    """Random features: a classifier that had heard its clips would be right about nearly all of them."""
+    generator = np.random.default_rng(0)
+    labels = [index % 3 for index in range(60)] + [3]
+    folds = [1 + index % 5 for index in range(60)] + [-1]
+    given = clips(labels, generator.normal(size=(61, 40)), folds).in_folds()
+    assert given.clip_ids == [f"clip-{index}" for index in range(60)]
+    found_NC = probe_probabilities(given, num_labels=5)
+    assert found_NC.shape == (60, 5)
+    assert found_NC.sum(1) == pytest.approx(np.ones(60))
+    assert (found_NC[:, 3:] == 0).all()
+    assert summarise_probe(given, found_NC.argmax(1)) == probe_accuracy(given)
+    assert probe_accuracy(given).accuracy < 0.6
 
 
 def test_clips_outside_all_folds_are_neither_trained_on_nor_judged() -> None:

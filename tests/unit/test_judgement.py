@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from beats_ray import evaluate
+from beats_ray.clip_table import ClipTable
 from beats_ray.config import ConfigError, EvaluateConfig, FinetuneConfig, StreamSettings, UserError, load_config
+from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
 from beats_ray.data.storage import open_place, read_table
 from beats_ray.evaluate import Logits, probabilities_of
@@ -250,3 +253,30 @@ def test_data_sets_are_paths_or_paths_with_a_choice() -> None:
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(EvaluateConfig, None, overrides, output="o")
+
+
+def test_a_probe_writes_what_it_said_of_every_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes differ in their first feature, but for one clip, which is the mistake; one clip has no fold."""
+    labels = [0, 1] * 6
+    features = np.array([[float(label), 1.0] for label in labels])
+    features[3] = [0.0, 1.0]
+    folds = np.array([1, 1, 2, 2, 3, 3] * 2)
+    folds[11] = -1
+    ids = [f"clip-{index}" for index in range(12)]
+    table = ClipTable(ids, {"features": features}, [[label] for label in labels], folds)
+    monkeypatch.setattr(evaluate, "_collect", lambda *_arguments: table)
+    manifest = DatasetManifest.model_construct(label_names=("cat", "dog"))
+    data = evaluate.JudgedData(open_place("d"), manifest, (), (), (), open_place(str(tmp_path)))
+    model = evaluate.JudgedModel(open_place("m"), {"kind": "encoder"})
+    config = EvaluateConfig(output=str(tmp_path), model="m", data=StreamSettings(path="d"))
+    result, written = evaluate._probe(config, model, data, Console())
+    assert result["accuracy"] == pytest.approx(10 / 11)
+    assert result["correct"] == "11101111111"
+    assert {name for name, _ in written} >= {"evaluation", "confusion", "predictions"}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "predictions.csv").read_text())))
+    assert [(row["clip_id"], row["labels"], row["predicted_1"]) for row in rows if row["first_is_right"] == "0"] == [
+        ("clip-3", "dog", "cat")
+    ]
+    assert len(rows) == 11
+    assert (tmp_path / "confusion.csv").read_text().splitlines()[1:] == ["cat,6,0", "dog,1,4"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["kind"] == "encoder"

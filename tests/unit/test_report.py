@@ -1,180 +1,23 @@
-"""The report: everything a run holds is on the page, in every state of the run, without a network, under 1 MB."""
+"""The report: everything a run holds is on the page, in every state of the run, without a network, small."""
 
-import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from support.report_page import read_page
+from support.report_runs import CONFIG, build_run, evaluation
 
 from beats_ray.config import UserError
-from beats_ray.data.storage import Place, open_place, write_table
+from beats_ray.data.storage import open_place
 from beats_ray.judgement import Predictions, judge, write_judgement
 from beats_ray.report import leaderboard_rows, write_report
 from beats_ray.reporting.charts import MAX_POINTS, Line, line_chart, nice_ticks
 from beats_ray.reporting.run_folder import paired_gain
+from beats_ray.reporting.svg import LEFT, RIGHT, WIDTH, draw
 
 pytestmark = pytest.mark.unit
-
-LABELS = [
-    "dog",
-    "rooster",
-    "rain",
-    "sea waves",
-    "fire",
-    "crying baby",
-    "sneezing",
-    "clock tick",
-    "helicopter",
-    "chainsaw",
-]
-CONFIG = {
-    "iterations": 2,
-    "data": {"path": "s3://bucket/esc10"},
-    "finetune": {"folds": {"test_fold": 1, "validation_fold": 2}},
-}
-
-
-def correct_string(right: int, shift: int = 0) -> str:
-    """400 clips of which `right` are right; `shift` changes which ones."""
-    return "".join("01"[(clip * 37 + shift) % 400 < right] for clip in range(400))
-
-
-def evaluation(right: int) -> dict[str, Any]:
-    accuracy = right / 400
-    return {
-        "kind": "encoder", "accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / 400),
-        "fold_accuracies": {str(fold): accuracy for fold in range(1, 6)}, "clips": 400,
-        "correct": correct_string(right),
-    }  # fmt: skip
-
-
-def training_metrics(reports: int, start: float, floor: float, tokenizer: bool = False) -> list[dict[str, Any]]:
-    records = []
-    for report in range(1, reports + 1):
-        progress = 1 - math.exp(-3 * report / reports)
-        record: dict[str, Any] = {"step": report * 10, "clips": report * 160, "seconds": report * 2.1}
-        record["train/loss"] = start + (floor - start) * progress + 0.03 * math.sin(report * 2.3)
-        record |= {
-            "perf/clips_per_s": 74 + 6 * math.sin(report),
-            "data/wait_fraction": 0.02,
-            "train/learning_rate": 5e-4,
-        }
-        if tokenizer:
-            record |= {"tokenizer/used_code_fraction": 0.4 * progress, "tokenizer/perplexity": 20 + 90 * progress}
-        else:
-            record |= {"train/masked_accuracy": 0.55 * progress, "train/clip_band_accuracy": 0.388}
-            record["train/clip_band_loss"] = 3.21 + 0.02 * math.sin(report * 1.7)
-        records.append(record)
-    return records
-
-
-def trial(number: int, steps: int) -> dict[str, Any]:
-    history = [
-        {"step": step, "validation/accuracy": 0.8 - 0.05 * number - 0.4 * math.exp(-step / 60)}
-        for step in range(20, steps + 1, 20)
-    ]
-    return {
-        "trial_id": f"a1b2c_0000{number}", "status": "complete", "steps": steps, "stopped_early": steps < 160,
-        "config": {"train.learning_rate": 10 ** -(3 + number / 4), "train.layer_decay": 0.6, "augment.mixup": 0.4},
-        "validation_accuracy": history[-1]["validation/accuracy"], "test_accuracy": 0.7375 if steps == 160 else None,
-        "history": history,
-    }  # fmt: skip
-
-
-def put_stage(place: Place, status: str, metrics: list[dict[str, Any]] | None = None, **files: Any) -> None:
-    place_config = {"train": {"steps": 800, "learning_rate": 0.0005}}
-    (place / "stage.json").write_json({"status": status, "seconds": 171.3, "config": place_config})
-    if metrics is not None:
-        (place / "metrics.jsonl").write_bytes("".join(json.dumps(record) + "\n" for record in metrics).encode())
-    for name, value in files.items():
-        (place / f"{name}.json").write_json(value)
-
-
-def build_run(folder: Path, finished_iterations: int = 2) -> Place:
-    """A run as `iterate` leaves it; with fewer finished iterations, one that is in the middle of pre-training."""
-    run = open_place(str(folder))
-    (run / "run.json").write_json({"name": "esc10-demo", "started": "2026-11-22T18:00:00+00:00", "config": CONFIG})
-    folds = {str(fold): 80 for fold in range(1, 6)}
-    (run / "data" / "dataset.json").write_json(
-        {"name": "esc10", "clips": 400, "seconds": 1993.4, "label_names": LABELS, "clips_by_fold": folds,
-         "source_files": 403, "quarantined": 3, "source": "clips/esc10", "shards": [{"file": "0.parquet"}]}
-    )  # fmt: skip
-    bad = {"file": ["5-1.wav", "5-2.wav", "<b>x.wav"], "reason": ["empty file", "empty file", "NaN samples"]}
-    write_table(run / "data" / "quarantine.parquet", pa.table(bad))
-    baselines = {"random_forest_mfcc": evaluation(336), "mean_log_mel": evaluation(262)}
-    (run / "baselines.json").write_json(baselines)
-    put_stage(run / "iteration-0" / "pretrain", "complete")
-    put_stage(run / "iteration-0" / "probe", "complete", evaluation=evaluation(270))
-    for index in range(1, finished_iterations + 1):
-        place = run / f"iteration-{index}"
-        put_stage(place / "tokenizer", "complete", training_metrics(60, 1.1, 0.3, True) if index > 1 else None)
-        if index > 1:
-            counts = [int(9000 / (rank + 1)) if rank < 420 else 0 for rank in range(1024)]
-            put_stage(
-                place / "labels",
-                "complete",
-                labels={"used_code_fraction": 0.41, "perplexity": 96.4, "code_counts": counts},
-            )
-        put_stage(place / "pretrain", "complete", training_metrics(80, 6.9, 2.6))
-        put_stage(place / "probe", "complete", evaluation=evaluation(310 + 8 * index))
-        trials = [trial(0, 160), trial(1, 80), trial(2, 40), trial(3, 20)]
-        put_stage(
-            place / "sweep",
-            "complete",
-            leaderboard={"metric": "validation/accuracy", "trials": trials, "best": trials[0], "test_clips": 80},
-        )
-    if finished_iterations < 2:
-        place = run / f"iteration-{finished_iterations + 1}"
-        put_stage(
-            place / "pretrain", "running", training_metrics(20, 6.9, 4.0), progress=training_metrics(23, 6.9, 4.0)[-1]
-        )
-    return run
-
-
-class TagChecker(HTMLParser):
-    """Fails on tags that do not nest, and collects addresses that a browser would fetch."""
-
-    VOID = {"meta", "br", "link", "img", "input", "hr", "line", "rect", "path", "polyline"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
-        if tag not in self.VOID or (
-            tag in ("polyline", "rect") and not self.get_starttag_text().rstrip().endswith("/>")
-        ):  # type: ignore[union-attr]
-            self.open.append(tag)
-
-    def handle_startendtag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [str(value) for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, f"</{tag}> does not close what is open"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def read_page(run: Place) -> tuple[str, str]:
-    html = (run / "report.html").read_bytes().decode()
-    checker = TagChecker()
-    checker.feed(html)
-    assert checker.open == [], f"never closed: {checker.open}"
-    assert checker.fetched == [], "the page loads something from elsewhere"
-    assert "url(" not in html
-    assert "@import" not in html
-    assert len(html.encode()) < 1_000_000
-    return html, " ".join(checker.text.split())
 
 
 def test_a_finished_run_is_wholly_on_the_page(tmp_path: Path) -> None:
@@ -186,7 +29,7 @@ def test_a_finished_run_is_wholly_on_the_page(tmp_path: Path) -> None:
         "2 of 2 iterations complete", "0.815 ± 0.019", "untrained", "random forest, MFCC", "0.840 ± 0.018",
         "0.738 ± 0.049", "a1b2c_00000", "stopped early", "41.0%", "96.4", "empty file", "400 clips",
         "3 of 403 source files", "2:51",
-        "learning_rate: 0.0005", "clip-band baseline", "load_model(",
+        "learning_rate: 0.0005", "clip-band baseline", "beats_ray.load(",
         f"beats-ray predict {run.uri}/iteration-2/sweep/model",
     ):  # fmt: skip
         assert expected in text, expected
@@ -228,7 +71,7 @@ def test_in_the_middle_of_a_run_the_newest_report_and_what_is_absent_show(tmp_pa
     _, text = read_page(run)
     assert "0 of 2 iterations complete" in text
     assert "pretrain: running" in text
-    assert "No sweep has finished yet." in text
+    assert "No trial of a sweep has reported yet." in text
     assert "230" in text
 
 
@@ -281,7 +124,7 @@ def test_evaluations_of_a_run_are_shown_classes_worst_first(tmp_path: Path) -> N
     for expected in ("e1 against e0", "+0.125 ± 0.062", "-0.010 to +0.260"):
         assert expected in text
     matrix = text[text.index("a row for each true class") :]
-    assert re.search(r"dog\s*1\s*1\s*0\s*cat\s*0\s*1\s*0\s*owl\s*1\s*0\s*0", matrix)
+    assert re.search(r"1 dog\s*1\s*1\s*0\s*2 cat\s*0\s*1\s*0\s*3 owl\s*1\s*0\s*0", matrix)
 
 
 def test_the_folder_of_an_evaluation_has_a_report_of_its_own(tmp_path: Path) -> None:
@@ -331,15 +174,15 @@ def test_a_paired_gain_is_surer_than_an_unpaired_one() -> None:
 
 
 def test_long_curves_are_thinned_and_keep_their_ends() -> None:
-    chart = str(line_chart("loss", [Line("x", [(step, 1.0 / (1 + step)) for step in range(100_000)])], "step"))
+    chart = str(draw(line_chart("loss", [Line("x", [(step, 1.0 / (1 + step)) for step in range(100_000)])], "step")))
     points = re.findall(r'points="([^"]+)"', chart)[0].split()
     assert MAX_POINTS * 0.9 <= len(points) <= MAX_POINTS + 1
     first, last = (float(point.split(",")[0]) for point in (points[0], points[-1]))
-    assert (first, last) == (48.0, 408.0)
+    assert (first, last) == (LEFT, WIDTH - RIGHT)
 
 
 def test_non_finite_values_are_left_out_of_a_chart() -> None:
-    chart = str(line_chart("loss", [Line("x", [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)])], "step"))
+    chart = str(draw(line_chart("loss", [Line("x", [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)])], "step")))
     assert len(re.findall(r'points="([^"]+)"', chart)[0].split()) == 2
     assert "nan" not in chart
 
