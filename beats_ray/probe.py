@@ -116,7 +116,7 @@ def summarise_probe(clips: LabelledClips, predicted: np.ndarray) -> ProbeResult:
         accuracy=accuracy,
         standard_error=binomial_error(accuracy, len(labels)),
         fold_accuracies=per_fold,
-        fold_clips={str(fold): int((folds == fold).sum()) for fold in names},
+        fold_clips={str(fold): int((clips.folds == fold).sum()) for fold in names},
         fold_standard_error=float(np.std(list(per_fold.values()), ddof=1)) / math.sqrt(len(names)),
         clips=len(labels),
         chance=float(np.bincount(labels).max()) / len(labels),
