@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         client = JobSubmissionClient(options.address)
         job = attach(client, options.name) or submit(client, options.name, options.command)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         print(f"submit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return NO_CLUSTER
     if options.no_wait:

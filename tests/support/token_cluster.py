@@ -107,11 +107,22 @@ class TokenCluster:
     def processes(self) -> list[psutil.Process]:
         """All processes that the head started, by the mark in their environment."""
         found = []
-        for process in psutil.process_iter():
+        for process in psutil.process_iter(["name"]):
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark:
                     found.append(process)
         return found
+
+    def open_ports(self) -> set[tuple[str, int]]:
+        """Name and port of every process of the head that listens on another address than loopback."""
+        names = {process.pid: process.name() for process in self.processes()}
+        return {
+            (names[connection.pid], connection.laddr.port)
+            for connection in psutil.net_connections("inet")
+            if connection.pid in names
+            and connection.status == psutil.CONN_LISTEN
+            and connection.laddr.ip not in ("127.0.0.1", "::1")
+        }
 
     def _end(self) -> None:
         for _ in range(20):
