@@ -134,8 +134,8 @@ class StreamSettings(Section):
     times and some not at all. Paper, AudioSet-2M fine-tuning: balanced."""
     cache: Literal["auto", "always", "never"] = "auto"
     """Fine-tuning: whether decoded clips stay in the object store, where `always` needs them to take at most 40 % of
-    it, and `auto` keeps them if they do; otherwise they are streamed, in the same batches. Trials of a sweep always
-    share decoded clips."""
+    it, and `auto` keeps them if they do; otherwise they are streamed, in the same batches. Trials of a sweep share
+    what is kept."""
     retry_seconds: PositiveFloat = 120.0
     """How long a read is tried again while the object store answers with errors or not at all."""
     prefetch_blocks: NonNegativeInt = 2

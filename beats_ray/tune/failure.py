@@ -8,11 +8,11 @@ import traceback
 from typing import Any
 
 from beats_ray.config import UserError
-from beats_ray.data.storage import Place
+from beats_ray.data.storage import Place, StorageError
 from beats_ray.errors import find_user_error
 
 FAILURE_FILE = "failure.json"
-DIVERGED = "diverged"
+DIVERGED, SETTINGS = "diverged", "settings"
 REASON_LENGTH = 300
 
 
@@ -23,7 +23,7 @@ def record_failure(place: Place, error: Exception) -> None:
 
 
 def describe_failure(error: BaseException) -> dict[str, str]:
-    """kind: diverged, out of memory, settings, process lost or exception; reason: one line."""
+    """kind: diverged, out of memory, settings, storage, process lost or exception; reason: one line."""
     from beats_ray.train.faults import TrainingDiverged, is_out_of_memory
 
     mistake = find_user_error(error)
@@ -33,7 +33,7 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     elif any(isinstance(one, Exception) and is_out_of_memory(one) for one in (error, (mistake or error).__cause__)):
         kind = "out of memory"
     elif mistake is not None:
-        kind = "settings"
+        kind = "storage" if isinstance(mistake, StorageError) else SETTINGS
     elif "ActorDied" in type(error).__name__ or "ActorDied" in str(error):
         kind, lines = "process lost", ["the trial's process ended without a word, killed or out of memory"]
     else:
@@ -44,10 +44,13 @@ def describe_failure(error: BaseException) -> dict[str, str]:
 def known_failure(place: Place) -> None:
     """Raises what the trial failed with before, where another try would end alike; forgets what may have passed."""
     found = read_failure(place)
-    if found and found.get("kind") == DIVERGED:
+    kind, reason = found.get("kind"), str(found.get("reason"))
+    if kind == DIVERGED:
         from beats_ray.train.faults import TrainingDiverged
 
-        raise TrainingDiverged(str(found.get("reason")))
+        raise TrainingDiverged(reason)
+    if kind == SETTINGS:
+        raise UserError(reason)
     if found:
         (place / FAILURE_FILE).delete()
 

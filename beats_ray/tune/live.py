@@ -105,6 +105,14 @@ def read_history(output: Place, trial_id: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
+def read_histories(output: Place) -> dict[str, list[dict[str, Any]]]:
+    """The same of every trial that has reported, by trial id; nothing where the sweep has not begun."""
+    folder = output / "tune" / "trials"
+    names = {name.split("/")[0] for name in folder.sizes(recursive=True) if name.endswith("/result.json")}
+    found = {name: read_history(output, name) for name in sorted(names)}
+    return {name: history for name, history in found.items() if history}
+
+
 def _error_of(trial: Any) -> BaseException | str:
     try:
         error = trial.get_pickled_error()

@@ -5,7 +5,8 @@ of its settings is stopped for being behind another encoder's, and pairs of fini
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.schedulers import (
@@ -85,6 +86,31 @@ _BUILDERS: Mapping[str, Callable[[SweepSettings, int], TrialScheduler]] = {
     "pbt": _population,
     "none": lambda _sweep, _total: FIFOScheduler(),
 }
+
+
+@dataclass(frozen=True)
+class _Past:
+    """A trial of which only its reports are left."""
+
+    trial_id: str
+    config: Mapping[str, Any]
+
+
+def replay(
+    scheduler: TrialScheduler, sweep: SweepSettings, histories: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Lets successive halving know what trials reported before the sweep was interrupted: Tune saves no scheduler.
+
+    histories: each trial's reports, oldest first, with Tune's `config`. The median rule and populations begin anew.
+    """
+    if sweep.scheduler not in ("asha", "hyperband"):
+        return
+    controller: Any = None  # which these schedulers never ask
+    for trial_id, reports in histories.items():
+        past: Any = _Past(trial_id, reports[0]["config"])
+        scheduler.on_trial_add(controller, past)
+        for report in reports:
+            scheduler.on_trial_result(controller, past, dict(report))
 
 
 class SeparateSchedulers(FIFOScheduler):

@@ -37,7 +37,7 @@ from beats_ray.tune.warm_start import read_known
 NAME = "trials"
 STOP_SECONDS = 20.0
 """How long an interrupted sweep waits for the checkpoints of the trials that run."""
-STATE_SECONDS = "2"
+STATE_SECONDS, REMOTE_STATE_SECONDS = "2", "10"
 """Between two saves of Tune's state: trials begun since then would be forgotten with a driver that is killed."""
 METRICS = ("validation/loss", "validation/accuracy")
 """What each trial reports of its validation part; of several labels a clip, `validation/mean_average_precision` too."""
@@ -182,7 +182,8 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
 
-    from beats_ray.tune.schedulers import build_scheduler
+    from beats_ray.tune.live import read_histories
+    from beats_ray.tune.schedulers import build_scheduler, replay
     from beats_ray.tune.search import SettingsSearch, num_settings
     from beats_ray.tune.space import tune_domains
 
@@ -200,17 +201,19 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
         )
     else:
         search = SettingsSearch(sweep, objectives, total, encoders, read_known(sweep, metric))
+    scheduler = build_scheduler(sweep, total, encoders)
+    scheduler.set_search_properties(metric, mode)
+    replay(scheduler, sweep, read_histories(output))
     folder = output / "tune"
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = STATE_SECONDS
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = REMOTE_STATE_SECONDS if folder.is_remote else STATE_SECONDS
     return tune.run(
         tune.with_resources(tune.with_parameters(run_trial, trials=trials), trials.needs.of_tune),
         name=NAME,
         config=settings,
-        metric=metric,
-        mode=mode,
+        metric=None,  # searcher and scheduler have it
         num_samples=num_settings(sweep) * len(encoders),
         search_alg=search,
-        scheduler=build_scheduler(sweep, total, encoders),
+        scheduler=scheduler,
         stop=budget,
         callbacks=[board],
         max_concurrent_trials=None if sweep.scheduler == "pbt" else most,
@@ -218,7 +221,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
         storage_filesystem=folder.keyless_filesystem,
         trial_name_creator=lambda trial: str(trial.trial_id),
         trial_dirname_creator=lambda trial: str(trial.trial_id),
-        reuse_actors=True,
+        reuse_actors=not trials.needs.uses_ray_train,  # whose run does not end when its trial is stopped
         raise_on_failed_trial=False,
         verbose=0,
         resume_config=_resume_config(folder),

@@ -102,6 +102,9 @@ def test_what_diverged_is_not_trained_again_and_what_may_pass_is(tmp_path: Path)
     record_failure(place, TrainingDiverged("lr 10"))
     with pytest.raises(TrainingDiverged, match="lr 10"):
         known_failure(place)
+    record_failure(place, UserError("warm-up"))
+    with pytest.raises(UserError, match="warm-up"):
+        known_failure(place)
     record_failure(place, OSError("the disk is full"))
     assert read_failure(place)["reason"] == "OSError: the disk is full"
     known_failure(place)

@@ -9,7 +9,7 @@ import pytest
 from beats_ray.config import SweepConfig, SweepSettings, load_config
 from beats_ray.data.storage import Place, open_place
 from beats_ray.tune.population import follow
-from beats_ray.tune.schedulers import build_scheduler
+from beats_ray.tune.schedulers import build_scheduler, replay
 
 pytestmark = pytest.mark.unit
 
@@ -60,6 +60,14 @@ CURVES = {"best": 0.9, "good": 0.8, "fair": 0.5, "bad": 0.1}
 def test_successive_halving_stops_the_worse_half_at_each_rung() -> None:
     assert Run(sweep_of(), 8).play(CURVES) == {"best": 8, "good": 1, "fair": 1, "bad": 1}
     assert Run(sweep_of(grace_validations=4), 8).play(CURVES) == {"best": 8, "good": 4, "fair": 4, "bad": 4}
+
+
+def test_a_sweep_that_goes_on_stops_trials_by_what_was_reported_before() -> None:
+    sweep, past = sweep_of(), Run(sweep_of(), 8)
+    reports = [{METRIC: 0.6, "validations": validation, "config": {"encoder": "encoder"}} for validation in (1, 2)]
+    replay(past.scheduler, sweep, {"before": reports})
+    assert past.play({"bad": 0.5, "best": 0.9}) == {"bad": 1, "best": 8}
+    assert Run(sweep, 8).play({"bad": 0.5, "best": 0.9})["bad"] > 1
 
 
 def test_the_median_rule_stops_what_is_below_the_others_means() -> None:
