@@ -1,6 +1,7 @@
 """A sweep that is killed three times and then stopped with Ctrl-C finds what an undisturbed one does.
 
-All its processes are killed, and the same command is started again each time. What was finished stays as it was written, and what was going on continues
+All its processes are killed, and the same command is started again each time. What was finished stays as it was
+written, and what was going on continues
 from its last checkpoint.
 """
 
@@ -31,7 +32,8 @@ SETTINGS = [
     "ray.address=local", "ray.num_cpus=3", "ray.object_store_mib=128", "data.clip_seconds=1",
     "finetune.augment.mixup=0", "finetune.layer_drop=0", "finetune.validate_every_steps=40",
     f"finetune.train.steps={STEPS}", "finetune.train.warmup_steps=1", "finetune.train.global_batch_size=4",
-    "finetune.train.micro_batch_size=4", "finetune.train.checkpoint_every_steps=10", "finetune.train.keep_checkpoints=50",
+    "finetune.train.micro_batch_size=4", "finetune.train.checkpoint_every_steps=10",
+    "finetune.train.keep_checkpoints=50",
     "finetune.train.loggers=[]",
     f"sweep.num_trials={TRIALS}", "sweep.max_concurrent_trials=1", "sweep.scheduler=none",
 ]  # fmt: skip
