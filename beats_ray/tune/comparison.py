@@ -1,7 +1,7 @@
 """Which encoder is better: the same settings tried on each, and the best of each, compared in pairs.
 
 Settings that all encoders finished are compared clip by clip where trials have said which clips they were right about,
-with the interval of `fold_statistics.compare`: over clips, and over settings as it is over seeds there. Else (several
+with the interval of `fold_statistics.compare`: over clips, and over runs (settings, repeats) as over seeds there. Else (several
 labels a clip, clips that are streamed) the interval is over settings alone, and says nothing about other clips. The
 test part is looked at where there is one, which chose neither settings nor weights.
 """
@@ -55,7 +55,7 @@ def _compare(pairs: Sequence[Any], metric: str, judged: Mapping[str, Sequence[Ju
             np.array([[run[clip] for clip in clips] for pair in by_clip for run in pair[side]]) for side in (0, 1)
         )
         result = compare(right_SN, reference_SN, np.zeros(len(clips)))
-        over = "clips" if result["over"] == "clips" else "clips and settings"
+        over = "clips" if result["over"] == "clips" else "clips and runs"
         kept = {key: result[key] for key in ("difference", "standard_error", "interval")}
         return {**kept, "over": over, "part": part, "is_noise": _is_noise(result["interval"])}
     differences = np.array([ours[f"{part}_{name}"] - theirs[f"{part}_{name}"] for ours, theirs in pairs])

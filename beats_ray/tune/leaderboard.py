@@ -20,7 +20,8 @@ test_clips            clips of the test part
 encoders              {name: {path, best, finished}}: the id of each encoder's best trial, how many ran to the end
 comparisons           encoders against the first one: see `comparison.py`
 budget                {minutes, cost, used_up}: what the sweep took; used_up names the field, or is null
-reproduce             {config, command}: fine-tunes the best trial again; null where there is none
+reproduce             {config, command}: fine-tunes the best trial again; null where there is none, and
+                          of a population, whose members' settings changed on their way
 """
 
 import json
@@ -106,7 +107,7 @@ def leaderboard(
         "encoders": {name: _encoder(name, config.compared[name], finished) for name in names},
         "comparisons": compare_encoders(rows, names, metric, _judged(config, finished)) if len(names) > 1 else [],
         "budget": dict(budget),
-        "reproduce": _reproduce(config) if best else None,
+        "reproduce": _reproduce(config) if best and config.sweep.scheduler != "pbt" else None,
     }
 
 
@@ -119,7 +120,7 @@ def write_board(config: SweepConfig, manifest: DatasetManifest, board: dict[str,
     """Writes the board and, where there is a best trial, the config that repeats it."""
     output = open_place(config.output)
     (output / LEADERBOARD_FILE).write_json(board)
-    if board["best"] is not None:
+    if board["reproduce"] is not None:
         text = yaml.safe_dump(best_config(config, manifest, board["best"]).model_dump(mode="json"), sort_keys=False)
         (output / REPRODUCE_FILE).write_bytes(text.encode())
 

@@ -205,6 +205,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
     scheduler.set_search_properties(metric, mode)
     replay(scheduler, sweep, read_histories(output))
     folder = output / "tune"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours, on a cluster that was joined too
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = REMOTE_STATE_SECONDS if folder.is_remote else STATE_SECONDS
     return tune.run(
         tune.with_resources(tune.with_parameters(run_trial, trials=trials), trials.needs.of_tune),

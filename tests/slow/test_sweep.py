@@ -137,7 +137,7 @@ def test_encoders_are_compared_on_the_same_settings_clip_by_clip(work: Path) -> 
         assert {row["encoder"] for row in pair} == {"e0", "e1"}
         assert pair[0]["config"] == pair[1]["config"]
     same, best = board["comparisons"]
-    assert (same["pairs"], same["over"], best["over"]) == (2, "clips and settings", "clips and settings")
+    assert (same["pairs"], same["over"], best["over"]) == (2, "clips and runs", "clips and runs")
     difference = [row["test_accuracy"] * (1 if row["encoder"] == "e1" else -1) for row in board["trials"]]
     assert same["difference"] == pytest.approx(sum(difference) / 2)
     assert same["is_noise"] == (same["interval"][0] <= 0 <= same["interval"][1])
