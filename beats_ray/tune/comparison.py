@@ -1,8 +1,8 @@
 """Which encoder is better: the same settings tried on each, and the best of each, compared in pairs.
 
 Settings that all encoders finished are compared clip by clip where trials have said which clips they were right about,
-with the interval of `fold_statistics.compare`: over clips, and over runs (settings, repeats) as over seeds there. Else (several
-labels a clip, clips that are streamed) the interval is over settings alone, and says nothing about other clips. The
+with the interval of `fold_statistics.compare`: over clips, and over runs (settings, repeats) as over seeds there. Else
+(several labels a clip, clips that are streamed) the interval is over settings alone, and says nothing of other clips. The
 test part is looked at where there is one, which chose neither settings nor weights.
 """
 
