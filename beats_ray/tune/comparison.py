@@ -2,8 +2,8 @@
 
 Settings that all encoders finished are compared clip by clip where trials have said which clips they were right about,
 with the interval of `fold_statistics.compare`: over clips, and over runs (settings, repeats) as over seeds there. Else
-(several labels a clip, clips that are streamed) the interval is over settings alone, and says nothing of other clips. The
-test part is looked at where there is one, which chose neither settings nor weights.
+(several labels a clip, streamed clips) the interval is over settings alone, and says nothing of other clips. The test
+part is looked at where there is one, which chose neither settings nor weights.
 """
 
 import math

@@ -14,6 +14,7 @@ from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.tune.budget import Budget
 from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
 
+ENDED = ("TERMINATED", "ERROR")
 WRITE_SECONDS = 10.0
 """Between two boards: each is a file on storage, written while trials wait for an answer."""
 
@@ -27,8 +28,14 @@ class LiveBoard(Callback):
         self._budget = budget
         self._trials: Sequence[Any] = ()
         self._histories: dict[str, list[dict[str, Any]]] = {}
-        self._stopped_by_budget: set[str] = set()
+        self._ended: set[str] | None = None
+        """Trials that ended by themselves or by the scheduler: Tune says nothing of those that the budget ends."""
         self._written = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        del iteration
+        if self._ended is None:
+            self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         del iteration
@@ -37,8 +44,8 @@ class LiveBoard(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         del iteration
-        if self._budget.used_up is not None:
-            self._stopped_by_budget.add(trial.trial_id)
+        if self._ended is not None:
+            self._ended.add(trial.trial_id)
         self._look(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -73,8 +80,8 @@ class LiveBoard(Callback):
         return [trial.trial_id for trial in self._trials if trial.status == "RUNNING"]
 
     def _outcome(self, trial: Any, status: str) -> Outcome:
-        has_ended = trial.status in ("TERMINATED", "ERROR")
-        stopped_by = "budget" if trial.trial_id in self._stopped_by_budget else "scheduler"
+        has_ended = trial.status in ENDED
+        stopped_by = "scheduler" if trial.trial_id in (self._ended or ()) else "budget"
         return Outcome(
             trial_id=trial.trial_id,
             parameters=dict(trial.config),
