@@ -71,11 +71,14 @@ def test_a_stopped_trial_is_told_as_stopped_and_a_failed_or_endless_one_as_faile
     assert search._study.get_trials()[0].intermediate_values == {1: 0.2, 2: 0.3}
 
 
-def test_a_trial_that_fails_and_is_run_again_is_told_once() -> None:
-    search = search_of(sweep_of())
+def test_a_trial_that_fails_and_is_run_again_counts_once() -> None:
+    search = search_of(sweep_of(), encoders=("e0", "e1"))
     search.suggest("a")
+    search.suggest("b")
     search.on_trial_complete("a", None, error=True)
     finish(search, "a", 0.9)
+    assert states(search) == ["RUNNING"]  # of the two encoders one is not done
+    finish(search, "b", 0.9)
     assert states(search) == ["FAIL"]
 
 
