@@ -65,7 +65,7 @@ class LiveBoard(Callback):
         board = leaderboard(
             self._config,
             self._manifest,
-            [self._outcome(trial, status) for trial in self._trials if trial.last_result or trial.status != "PENDING"],
+            [self._outcome(trial, status) for trial in self._trials if _has_begun(trial)],
             status,
             self._budget.as_record(),
             self._budget.cost_per_second,
@@ -101,6 +101,11 @@ class LiveBoard(Callback):
     def get_state(self) -> dict[str, Any] | None:
         """Nothing that a sweep which goes on would need: its files have it."""
         return None
+
+
+def _has_begun(trial: Any) -> bool:
+    """Whether it ever ran: one that waits to go on has reported."""
+    return trial.status != "PENDING" or "step" in (trial.last_result or {})
 
 
 def read_history(output: Place, trial_id: str) -> list[dict[str, Any]]:
