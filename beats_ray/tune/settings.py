@@ -88,9 +88,9 @@ class SweepSettings(Section):
     """Who proposes the next trial: Optuna's TPE, chance, each combination of the grid in turn, or `bohb`: a TPE of all
     parameters together that learns from stopped trials by how far they came, with HyperBand's brackets."""
     scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
-    """Who stops trials: `asha`, successive halving without waiting, `hyperband`, the same in several brackets, `median`,
-    the median of the others' means, or `none`. With `pbt` none is stopped, and the worst go on from the best ones'
-    weights."""
+    """Who stops trials: `asha`, successive halving without waiting, `hyperband`, the same in several brackets,
+    `median`, the median of the others' means, or `none`. With `pbt` none is stopped, and the worst go on from the best
+    ones' weights."""
     objectives: dict[str, Literal["max", "min"]] = {}
     """Metrics of the validation part that are searched for, with their direction; default the data set's main metric.
     The first one stops trials and chooses the best; of several, Optuna looks for all trade-offs."""
