@@ -14,6 +14,7 @@ Decoded clips are read once for all trials. What each trial is, who proposes it,
 chooses nothing.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -205,6 +206,8 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
     scheduler.set_search_properties(metric, mode)
     replay(scheduler, sweep, read_histories(output))
     folder = output / "tune"
+    for name in ("ray.tune.tune", "ray.tune.execution.tune_controller"):  # of failures the board tells, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours, on a cluster that was joined too
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = REMOTE_STATE_SECONDS if folder.is_remote else STATE_SECONDS
     return tune.run(
