@@ -45,6 +45,8 @@ class Command:
     """Whether `--dry-run` shows the plan of the run."""
     has_plan: bool = False
     """Whether `--plan` shows which stages would run."""
+    has_resume: bool = False
+    """Whether `--resume` asks for a run that is there already; without it the command goes on where there is one."""
 
 
 COMMANDS = {
@@ -79,7 +81,8 @@ COMMANDS = {
         config.SweepConfig,
         "tune.sweep:run_sweep",
         "Search fine-tuning settings with Ray Tune.",
-        ("data.path", "encoder"),
+        ("data.path", "encoder|encoders", "sweep.warm_start?"),
+        has_resume=True,
     ),
     "cross-validate": Command(
         config.CrossValidateConfig,
@@ -166,7 +169,12 @@ def _add(name: str, command: Command) -> None:
     @click.argument("arguments", metavar="[CONFIG.yaml] [section.field=value ...]", nargs=-1)
     @click.option("--show-config", is_flag=True, help="Print the complete settings as YAML and stop.")
     def run_command(
-        arguments: tuple[str, ...], show_config: bool, dry_run: bool = False, plan: bool = False, tflops: float = 0.0
+        arguments: tuple[str, ...],
+        show_config: bool,
+        dry_run: bool = False,
+        plan: bool = False,
+        tflops: float = 0.0,
+        resume: bool = False,
     ) -> int:
         paths, overrides = split_arguments(arguments)
         if len(paths) > 1:
@@ -182,12 +190,17 @@ def _add(name: str, command: Command) -> None:
             return 0
         for need in command.needs:
             _check_place(settings, need)
+        if resume:
+            _require_begun(settings)
         _run_on_cluster(name, settings.ray, lambda console: _load(command.entry)(settings, console))
         return 0
 
     if command.has_dry_run:
         text = "Check everything that needs no cluster, print what the run will compute, hold and write, and stop."
         click.option("--dry-run", is_flag=True, help=text)(run_command)
+    if command.has_resume:
+        text = "Go on with what OUTPUT holds, as the command does by itself; a mistake where it holds nothing."
+        click.option("--resume", is_flag=True, help=text)(run_command)
     if command.has_plan:
         text = "Show every stage, whether it would run and why, with its clips, FLOPs and GPU-hours, and stop."
         click.option("--plan", is_flag=True, help=text)(run_command)
@@ -444,6 +457,16 @@ def _check_place(settings: Job, need: str) -> None:
         else:  # several, in a list or by names
             for key, path in value.items() if isinstance(value, dict) else enumerate(value):
                 _require_exists(f"{name}.{key}", path)
+
+
+def _require_begun(settings: Job) -> None:
+    from beats_ray.data.storage import open_place
+    from beats_ray.stage import read_stage
+
+    if not read_stage(open_place(settings.output)):
+        raise UserError(
+            f"--resume: output={settings.output} holds no run to go on with; check the path, or leave --resume out"
+        )
 
 
 def _require_exists(name: str, path: str) -> Any:

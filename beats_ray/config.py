@@ -20,6 +20,10 @@ from pydantic import Field, field_validator, model_validator
 from beats_ray.errors import ConfigError, UserError
 from beats_ray.models.config import ENCODER_PRESETS, EncoderConfig, encoder_config
 from beats_ray.settings import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     Section,
     field_names,
     fingerprint,
@@ -29,10 +33,13 @@ from beats_ray.settings import (
     section_fields,
     validate,
 )
+from beats_ray.tune.settings import SearchParameter, SweepSettings
 
 __all__ = [  # the mechanism, imported from here by the rest of the package; the settings follow
     "ConfigError",
+    "SearchParameter",
     "Section",
+    "SweepSettings",
     "UserError",
     "field_names",
     "fingerprint",
@@ -43,10 +50,6 @@ __all__ = [  # the mechanism, imported from here by the rest of the package; the
     "validate",
 ]
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
 PATCH_SECONDS = 0.16  # 16 frames of 10 ms
 LoggerName = Literal["tensorboard", "prometheus", "mlflow", "wandb"]
 TeacherName = Literal["pretrained", "finetuned"]
@@ -131,8 +134,8 @@ class StreamSettings(Section):
     times and some not at all. Paper, AudioSet-2M fine-tuning: balanced."""
     cache: Literal["auto", "always", "never"] = "auto"
     """Fine-tuning: whether decoded clips stay in the object store, where `always` needs them to take at most 40 % of
-    it, and `auto` keeps them if they do; otherwise they are streamed, in the same batches. Trials of a sweep always
-    share decoded clips."""
+    it, and `auto` keeps them if they do; otherwise they are streamed, in the same batches. Trials of a sweep share
+    what is kept."""
     retry_seconds: PositiveFloat = 120.0
     """How long a read is tried again while the object store answers with errors or not at all."""
     prefetch_blocks: NonNegativeInt = 2
@@ -508,28 +511,6 @@ class FoldSettings(Section):
         return self.validation_fold != -1 and self.validation_split != "none" and self.validation_fraction != 0.0
 
 
-class SearchParameter(Section):
-    distribution: Literal["uniform", "loguniform", "choice"]
-    """How values are drawn."""
-    low: float | None = None
-    """Smallest value (uniform, loguniform)."""
-    high: float | None = None
-    """Largest value (uniform, loguniform)."""
-    values: tuple[float | int | str | bool, ...] = ()
-    """Values to choose from (choice)."""
-
-    @model_validator(mode="after")
-    def _range(self) -> Self:
-        if self.distribution == "choice":
-            if not self.values:
-                raise ValueError("values is empty; list at least one value to choose from")
-        elif self.low is None or self.high is None or not self.low < self.high:
-            raise ValueError(f"low={self.low}, high={self.high} is an empty range; give low < high")
-        elif self.distribution == "loguniform" and self.low <= 0:
-            raise ValueError(f"low={self.low} must be positive for loguniform")
-        return self
-
-
 # --- settings of the stages, nested in `iterate` ----------------------------------------------------------------------
 
 
@@ -587,27 +568,6 @@ class FinetuneSettings(Section):
                 "the encoder; use freeze_encoder=true, or fewer"
             )
         return self
-
-
-class SweepSettings(Section):
-    num_trials: PositiveInt = 8
-    """Trials to run."""
-    max_concurrent_trials: PositiveInt = 2
-    """Trials at one time."""
-    search: Literal["optuna", "random"] = "optuna"
-    """Searcher that proposes the next trial."""
-    grace_validations: PositiveInt = 1
-    """Validations that every trial gets before ASHA may stop it."""
-    reduction_factor: Annotated[float, Field(gt=1.0)] = 2.0
-    """ASHA: one trial in this many goes on at each rung."""
-    space: dict[str, SearchParameter] = {
-        "train.learning_rate": SearchParameter(distribution="loguniform", low=1e-4, high=3e-3),
-        "train.layer_decay": SearchParameter(distribution="choice", values=(0.4, 0.6, 0.8, 1.0)),
-        "augment.mixup": SearchParameter(distribution="choice", values=(0.0, 0.4, 0.8)),
-    }
-    """What is searched: fields of the fine-tuning settings by their dotted names."""
-    seed: int = 0
-    """Seed of the searcher."""
 
 
 class ProbeSettings(Section):
@@ -719,12 +679,31 @@ class FinetuneConfig(TrainingJob, FinetuneSettings):
     """Published encoder to start from."""
 
 
-class SweepConfig(TrainingJob):
-    reads: ClassVar[tuple[str, ...]] = ("encoder",)
-    reads_labels: ClassVar[bool] = True
+class EncoderJob(TrainingJob):
+    """A job that fine-tunes one encoder, or several to compare them."""
 
     encoder: str = ""
-    """Published encoder that every trial starts from."""
+    """Published encoder that every run starts from."""
+    encoders: dict[str, str] = {}
+    """Several encoders, by names of your own, instead of `encoder`; the others are compared with the first."""
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> Self:
+        if self.encoder and self.encoders:
+            raise ValueError(f"encoders={list(self.encoders)} and encoder={self.encoder} are both set; set one of them")
+        check_folder_names("encoders", self.encoders)
+        return self
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """The encoders by name; a single one is called `encoder`."""
+        return self.encoders or {"encoder": self.encoder}
+
+
+class SweepConfig(EncoderJob):
+    reads: ClassVar[tuple[str, ...]] = ("encoder", "encoders")
+    reads_labels: ClassVar[bool] = True
+
     finetune: FinetuneSettings = FinetuneSettings()
     sweep: SweepSettings = SweepSettings()
 
@@ -826,28 +805,12 @@ def check_folder_names(field: str, names: Iterable[str]) -> None:
             raise ValueError(f"{field}: {name!r} is to be a folder's name; use letters, digits and hyphens")
 
 
-class CrossValidateConfig(TrainingJob):
+class CrossValidateConfig(EncoderJob):
     reads: ClassVar[tuple[str, ...]] = ("encoder",)
     reads_labels: ClassVar[bool] = True
 
-    encoder: str = ""
-    """Published encoder that every run starts from."""
-    encoders: dict[str, str] = {}
-    """Several encoders, by names of your own, instead of `encoder`; the others are compared with the first."""
     finetune: FinetuneSettings = FinetuneSettings()
     cross_validation: CrossValidationSettings = CrossValidationSettings()
-
-    @model_validator(mode="after")
-    def _names_are_folders(self) -> Self:
-        if self.encoder and self.encoders:
-            raise ValueError(f"encoders={list(self.encoders)} and encoder={self.encoder} are both set; set one of them")
-        check_folder_names("encoders", self.encoders)
-        return self
-
-    @property
-    def compared(self) -> dict[str, str]:
-        """The encoders by name; a single one is called `encoder`."""
-        return self.encoders or {"encoder": self.encoder}
 
 
 class EmbedConfig(Job, InferenceSettings):

@@ -40,6 +40,11 @@ DATA_EXECUTION_FIELDS = {
 }  # fmt: skip
 """The same for `data`: how clips come, not which."""
 
+SWEEP_EXECUTION_FIELDS = {
+    "max_concurrent_trials", "max_minutes", "max_cost", "price_per_gpu_hour", "price_per_cpu_hour", "gpus_per_worker",
+}  # fmt: skip
+"""The same for `sweep`: what it may cost and how many trials run at a time; each trial is the same."""
+
 _DATA_FIELDS: dict[type[Job], set[str]] = {TokenizeConfig: set(), EvaluateConfig: {"folds", "splits"}}
 """Settings of `data` that matter to a job which reads whole clips; to the others all do."""
 
@@ -71,7 +76,9 @@ def content_keys(config: Any) -> dict[str, str]:
     keys = {"data": data_key(config.data.path, config.reads_labels)}
     for name in config.reads:
         path = getattr(config, name)
-        if path:
+        if isinstance(path, dict):  # several, by names
+            keys |= {f"{name}.{key}": model_key(one) for key, one in path.items()}
+        elif path:
             keys[name] = labels_key(path) if name == "labels" else model_key(path)
     return keys
 
@@ -110,11 +117,12 @@ def labels_key(path: str) -> str:
 
 def _without_execution(values: dict[str, Any]) -> dict[str, Any]:
     kept = {name: _without_execution(value) if isinstance(value, dict) else value for name, value in values.items()}
-    concurrency = {"max_concurrent_trials", "max_concurrent_runs"}
     for section, fields in (
-        ("train", EXECUTION_FIELDS), ("data", DATA_EXECUTION_FIELDS | {"path"}),
-        ("sweep", concurrency), ("cross_validation", concurrency),
-    ):  # fmt: skip
+        ("train", EXECUTION_FIELDS),
+        ("data", DATA_EXECUTION_FIELDS | {"path"}),
+        ("sweep", SWEEP_EXECUTION_FIELDS),
+        ("cross_validation", {"max_concurrent_runs"}),
+    ):
         if isinstance(kept.get(section), dict):
             kept[section] = {name: value for name, value in kept[section].items() if name not in fields}
             if "deepspeed" in kept[section]:

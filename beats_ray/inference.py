@@ -42,7 +42,7 @@ MAX_READ_TASKS = 256  # row groups are dealt into at most so many tasks' inputs
 TOKENIZER_KINDS = ("random_projection_tokenizer", "self_distilled_tokenizer")
 KINDS = ("encoder", "classifier", *TOKENIZER_KINDS)
 DEFAULTS = StreamSettings()
-KEPT_MODELS = 2  # downloaded models that stay on a node's disk
+KEPT_MODELS = 6  # downloaded models that stay on a node's disk: a sweep may compare several
 
 
 class ClipWorker(Protocol):

@@ -368,12 +368,12 @@ def describe_encoder(config: IterateConfig) -> dict[str, Any]:
 def fine_tuning_of(stage: Stage) -> tuple[FinetuneConfig, int] | None:
     """The fine-tuning run of a sweep, before anything is searched, or of the first fold; and how many a stage does."""
     from beats_ray.cross_validate import plan_runs
-    from beats_ray.tune.sweep import trial_config
+    from beats_ray.tune.trial import trial_config
 
     if isinstance(stage.job, FinetuneConfig):
         return stage.job, 1
     if isinstance(stage.job, SweepConfig):
-        return trial_config(stage.job, "check", {}), stage.job.sweep.num_trials
+        return trial_config(stage.job, "check", {}), stage.job.sweep.num_trials * stage.job.sweep.repeats
     if isinstance(stage.job, CrossValidateConfig):
         runs = plan_runs(stage.job, stage.manifest)
         return runs[0].config, len(runs)

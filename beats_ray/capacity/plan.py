@@ -161,13 +161,15 @@ def work_of(row: Row, config: PlanConfig) -> Work | None:
 def _parallel_runs(job: Job | None, training: Training, cluster: ClusterSettings) -> int:
     """Trials of a sweep, or folds and seeds, at one time."""
     if isinstance(job, SweepConfig):
-        return min(job.sweep.max_concurrent_trials, training.runs)
-    if isinstance(job, CrossValidateConfig):
-        room = training.runs
-        if cluster.max_worker_nodes is not None:
-            room = cluster.max_worker_nodes * cluster.workers_per_node // training.config.train.max_workers
-        return max(1, min(training.runs, room, job.cross_validation.max_concurrent_runs or training.runs))
-    return 1
+        most = job.sweep.max_concurrent_trials
+    elif isinstance(job, CrossValidateConfig):
+        most = job.cross_validation.max_concurrent_runs
+    else:
+        return 1
+    room = training.runs
+    if cluster.max_worker_nodes is not None:
+        room = cluster.max_worker_nodes * cluster.workers_per_node // training.config.train.max_workers
+    return max(1, min(training.runs, room, most or training.runs))
 
 
 def _seconds_read(data: StreamSettings, manifest: DatasetManifest) -> float:

@@ -153,7 +153,7 @@ def explained(settings: TrainSettings, context: WorkerContext) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise UserError(_advice(settings)) from error
         if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
@@ -164,7 +164,7 @@ def explained(settings: TrainSettings, context: WorkerContext) -> Iterator[None]
         ) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Of a device or of the host, whose allocator raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

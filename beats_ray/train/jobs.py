@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -131,6 +131,11 @@ def fit_run(run: Run, console: Console) -> Written:
     return _train(run, console)
 
 
+def fit_in_trial(run: Run, callbacks: Sequence[Any]) -> None:
+    """A checked run on Ray Train, inside a trial of Ray Tune, whose `callbacks` hear of its reports."""
+    _fit(run, callbacks)
+
+
 def _checked(kind: RunKind, config: RunConfig, keys: Mapping[str, str] | None) -> Run:
     """The run that the config means; its first mistake is raised."""
     config = keep_batch(config)
@@ -174,7 +179,7 @@ def _written(run: Run) -> Written:
     return [("model", (run.output / "model").uri), ("metrics", (run.output / "metrics.jsonl").uri)]
 
 
-def _fit(run: Run) -> None:
+def _fit(run: Run, callbacks: Sequence[Any] = ()) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -196,6 +201,7 @@ def _fit(run: Run) -> None:
         datasets, data_config = {name: lambda: None for name in parts}, TrainStream(streamed)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     scratch = run.output / "ray-train"
+    rules = failure_rules(run.output / "checkpoints", settings)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": run},
@@ -213,7 +219,8 @@ def _fit(run: Run) -> None:
             name=f"{run.kind}-{fingerprint(run.identity)}",
             storage_path=scratch.path,
             storage_filesystem=scratch.keyless_filesystem,
-            **failure_rules(run.output / "checkpoints", settings),
+            failure_config=rules["failure_config"],
+            callbacks=[*rules["callbacks"], *callbacks],
         ),
     )
     with_retries((run.output / STOP_REQUEST).delete, settings.storage_retry_seconds)

@@ -40,12 +40,12 @@ def train(
         )  # fmt: skip
 
 
-def train_trial(run: Run, report: Callable[[dict[str, float]], None]) -> None:
-    """A Tune trial's run, alone in its process: every validation is reported to Tune with its number."""
+def train_trial(run: Run, report: Callable[[int, dict[str, float]], None]) -> None:
+    """A Tune trial's run, alone in its process: `report(step, metrics)` gets every validation."""
 
     def report_validations(step: int, metrics: dict[str, float]) -> None:
         if run.choose_by in metrics:
-            report({**metrics, "validations": -(-step // run.config.validate_every_steps)})
+            report(step, metrics)
 
     train(run, single_process_context(report_validations, run.train.use_gpu))
 

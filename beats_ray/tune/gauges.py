@@ -1,6 +1,6 @@
 """What a sweep shows while it runs: its trials by state and the best value so far, to Prometheus.
 
-    RunConfig(..., callbacks=sweep_callbacks("first/sweep", "validation/accuracy", steps=1000))
+    RunConfig(..., callbacks=sweep_callbacks("first/sweep", "validation/accuracy", validations=20))
 
 Everything is counted from Tune's own trials at each of its steps, so a sweep that was restored shows all of them.
 """
@@ -18,13 +18,13 @@ STATES = ("pending", "running", "paused", "complete", "stopped", "failed")
 _STATES_OF_TUNE = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "ERROR": "failed"}
 
 
-def sweep_callbacks(run: str, metric: str, steps: int, mode: str = "max") -> list[Callback]:
+def sweep_callbacks(run: str, metric: str, validations: int, mode: str = "max") -> list[Callback]:
     """What a sweep's RunConfig needs: `SweepGauges`, and nothing of TensorBoard from Tune.
 
-    run: the sweep's label, `run_name(output.uri)`. metric: what `sweep/best` is the `mode` of. steps: of a trial that
-    ran to its end.
+    run: the sweep's label, `run_name(output.uri)`. metric: what `sweep/best` is the `mode` of. validations: of a
+    trial that ran to its end.
     """
-    return [SweepGauges(run, metric, steps, mode), NoTuneTensorBoard()]
+    return [SweepGauges(run, metric, validations, mode), NoTuneTensorBoard()]
 
 
 class NoTuneTensorBoard(TBXLoggerCallback):
@@ -48,10 +48,10 @@ class NoTuneTensorBoard(TBXLoggerCallback):
 
 
 class SweepGauges(Callback):
-    """Exports `sweep/trials` for every state and `sweep/best`; steps: of a trial that ran to its end."""
+    """Exports `sweep/trials` for every state and `sweep/best`; validations: of a trial that ran to its end."""
 
-    def __init__(self, run: str, metric: str, steps: int, mode: str = "max") -> None:
-        self._run, self._metric, self._steps, self._mode = run, metric, steps, mode
+    def __init__(self, run: str, metric: str, validations: int, mode: str = "max") -> None:
+        self._run, self._metric, self._validations, self._mode = run, metric, validations, mode
 
     def on_step_end(self, iteration: int, trials: list[Any], **_info: Any) -> None:
         """Called by Tune after each turn of its own loop."""
@@ -74,7 +74,7 @@ class SweepGauges(Callback):
         if trial.status in _STATES_OF_TUNE:
             return _STATES_OF_TUNE[trial.status]
         newest = trial.run_metadata.last_result or {}  # `trial.last_result` would ask the trial's actor
-        return "complete" if newest.get("step", 0) >= self._steps else "stopped"
+        return "complete" if newest.get("validations", 0) >= self._validations else "stopped"
 
     def _reports(self, trial: Any) -> bool:
         return self._metric in trial.metric_analysis

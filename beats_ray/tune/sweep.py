@@ -1,36 +1,48 @@
 """A sweep: Ray Tune looks for the fine-tuning settings that do best on the validation part of the data set.
 
-Every trial runs the training loop in its Tune actor, so a trial's reservation is all it needs and a sweep cannot
-deadlock. Decoded clips are read once for all trials. ASHA stops trials that fall behind; the best of those that
-ran to the end is published to `output/model`. The test part is looked at once by each finished trial and chooses
-nothing.
+    run_sweep(config, console)
+
+    OUTPUT/leaderboard.json          every trial, the best first; while the sweep runs, too (`leaderboard.py`)
+    OUTPUT/model                     the model of the best trial that ran to its end
+    OUTPUT/reproduce.yaml            fine-tunes it again: beats-ray finetune OUTPUT/reproduce.yaml
+    OUTPUT/trials/ID/                each trial's runs (`trial.py`)
+    OUTPUT/tune/                     Ray Tune's own state, from which the same command goes on
+    OUTPUT/budget.json               what it has taken so far
+
+Decoded clips are read once for all trials. What each trial is, who proposes it, who stops it and where it runs is in
+`trial.py`, `search.py`, `schedulers.py` and `placement.py`. The test part is looked at once by each finished run and
+chooses nothing.
 """
 
-import json
-from collections.abc import Mapping
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from beats_ray.config import (
-    ConfigError,
-    FinetuneConfig,
-    FinetuneSettings,
-    SweepConfig,
-    SweepSettings,
-    TrainSettings,
-    replace,
-    section_fields,
-)
+from beats_ray.config import ConfigError, FinetuneSettings, SweepConfig, SweepSettings
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
-from beats_ray.data.storage import Place, open_place
+from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.inference import check_published
 from beats_ray.stage import is_complete, run_stage
 from beats_ray.telemetry import run_name
-from beats_ray.train.checks import check_folds
-from beats_ray.train.held_out import clips_in, find_parts
-from beats_ray.train.jobs import Run, Written, load_cache
-from beats_ray.tune.space import check_space, tune_domains
+from beats_ray.train.jobs import Written, load_cache
+from beats_ray.tune.leaderboard import objectives_of
+from beats_ray.tune.placement import TrialNeeds, concurrent_trials, node_resources, trial_needs
+from beats_ray.tune.space import check_space
+from beats_ray.tune.trial import Trials, check_trials, run_place, run_trial, trial_config, validations_of
+from beats_ray.tune.warm_start import read_known
+
+NAME = "trials"
+STOP_SECONDS = 20.0
+"""How long an interrupted sweep waits for the checkpoints of the trials that run."""
+STATE_SECONDS, REMOTE_STATE_SECONDS = "2", "10"
+"""Between two saves of Tune's state: trials begun since then would be forgotten with a driver that is killed."""
+METRICS = ("validation/loss", "validation/accuracy")
+"""What each trial reports of its validation part; of several labels a clip, `validation/mean_average_precision` too."""
 
 
 def run_sweep(config: SweepConfig, console: Console, keys: Mapping[str, str] | None = None) -> Written:
@@ -41,180 +53,262 @@ def run_sweep(config: SweepConfig, console: Console, keys: Mapping[str, str] | N
     output = open_place(config.output)
     manifest = read_manifest(open_place(config.data.path))
     if not is_complete(output):
-        check_published(open_place(config.encoder), "encoder", ("encoder",))
-        check_sweep(config.finetune, config.sweep)
-        check_folds(trial_config(config, "check", {}), manifest)
+        check_inputs(config, manifest)
+        check_search(config.finetune, config.sweep)
+        _count_trials(config, _needs(config, manifest))
     identity = stage_identity(config, content_keys(config) if keys is None else keys)
-    run_stage(output, identity, lambda: _sweep(config, manifest, output))
-    board = (output / "leaderboard.json").read_json()
-    best, stopped = board["best"], sum(row["stopped_early"] for row in board["trials"])
-    validation, test = (best[f"{part}_{manifest.main_metric}"] for part in ("validation", "test"))
-    shown, tested = manifest.main_metric.replace("_", " "), float("nan") if test is None else test
-    console.note(
-        f"best of {len(board['trials'])} trials ({stopped} stopped early): validation {shown} {validation:.3f}, "
-        f"test {shown} {tested:.3f}"
-    )
+    run_stage(output, identity, lambda: _sweep(config, manifest, output, console))
+    show_best((output / "leaderboard.json").read_json(), console)
     return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
     """ConfigError for a space that does not fit the settings, and for trials that the cluster can never run."""
-    import ray
-
     check_search(finetune, sweep)
-    total = ray.cluster_resources()
-    for name, needed in _trial_resources(finetune.train).items():
-        if needed > total.get(name, 0.0):
-            raise ConfigError(
-                f"a trial needs {needed:g} {name} (finetune.train.cpus_per_worker, use_gpu); the cluster has "
-                f"{total.get(name, 0.0):g}; lower it or use a larger cluster"
-            )
+    concurrent_trials(_cached_needs(finetune, sweep), node_resources(), 1)
 
 
 def check_search(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
     """ConfigError for settings that no cluster could run a sweep with."""
-    if finetune.train.num_workers != 1:
-        raise ConfigError(
-            f"finetune.train.num_workers={finetune.train.num_workers}: a trial has one worker; use 1 and raise "
-            "sweep.max_concurrent_trials"
-        )
     if not finetune.folds.has_validation:
         raise ConfigError(
             "finetune.folds keeps no validation part, which trials are compared on; name validation_fold, "
             "validation_split or a validation_fraction above 0"
         )
-    check_space(sweep.space, finetune)
-
-
-def trial_config(config: SweepConfig, trial_id: str, parameters: dict[str, Any]) -> FinetuneConfig:
-    """The fine-tuning run that one trial is."""
-    settings = replace(config.finetune, parameters)
-    return FinetuneConfig(
-        output=f"{config.output}/trials/{trial_id}",
-        data=config.data,
-        encoder=config.encoder,
-        ray=config.ray,
-        **section_fields(settings),
-    )
-
-
-def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place) -> None:
-    from ray import tune
-
-    cache = load_cache(config.data, manifest)
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=config, manifest=manifest, cache=cache),
-        _trial_resources(config.finetune.train),
-    )
-    folder = output / "tune"
-    path = f"{folder.path}/trials"
-    if tune.Tuner.can_restore(path, storage_filesystem=folder.keyless_filesystem):
-        tuner = tune.Tuner.restore(
-            path, trainable, storage_filesystem=folder.keyless_filesystem, resume_unfinished=True, restart_errored=True
+    _cached_needs(finetune, sweep)
+    check_space(sweep, finetune)
+    if sweep.scheduler != "pbt":
+        return
+    validations = -(-finetune.train.steps // finetune.validate_every_steps)
+    if finetune.train.max_workers > 1:
+        raise ConfigError(
+            f"finetune.train.num_workers={finetune.train.max_workers}: members of sweep.scheduler=pbt exchange their "
+            "weights at validations, which needs one worker; use 1"
         )
-    else:
-        tuner = _new_tuner(config, manifest, trainable, folder)
-    results = tuner.fit()
-    board = leaderboard(config, manifest, results)
-    (output / "leaderboard.json").write_json(board)
-    if board["best"] is None:
-        errors = sorted({str(error).strip().splitlines()[-1] for error in results.errors})
-        raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(errors) or 'all were stopped'}")
-    (output / "trials" / board["best"]["trial_id"] / "model").copy_to(output / "model")
-    for row in board["trials"]:  # the models of the others are of no further use
-        if row["trial_id"] != board["best"]["trial_id"]:
-            (output / "trials" / row["trial_id"] / "checkpoints").delete()
+    if validations <= sweep.grace_validations:
+        raise ConfigError(
+            f"sweep.grace_validations={sweep.grace_validations}: members would never exchange weights in their "
+            f"{validations} validations; use less, or a lower finetune.validate_every_steps"
+        )
 
 
-def _new_tuner(config: SweepConfig, manifest: DatasetManifest, trainable: Any, folder: Place) -> Any:
-    import optuna
+def check_inputs(config: SweepConfig, manifest: DatasetManifest) -> None:
+    """UserError for encoders, folds, metrics, an earlier sweep or a budget that the sweep could not end with."""
+    from beats_ray.train.flops import step_flops_per_clip
+    from beats_ray.tune.budget import check_budget
+
+    published = {
+        name: check_published(open_place(path), "encoder" if config.encoder else f"encoders.{name}", ("encoder",))
+        for name, path in config.compared.items()
+    }
+    _check_alike(config, published)
+    if len(published) > 1 and config.sweep.scheduler == "pbt":
+        raise ConfigError(
+            "encoders: sweep.scheduler=pbt changes settings as it goes, so that encoders would not be compared on the "
+            "same ones; use another scheduler, or a sweep for each encoder"
+        )
+    check_trials(config, manifest)
+    known = [*METRICS, *(["validation/mean_average_precision"] if manifest.multi_label else [])]
+    for metric in config.sweep.objectives:
+        if metric not in known:
+            raise ConfigError(f"sweep.objectives.{metric}: no trial reports it; use {', '.join(known)}")
+    read_known(config.sweep, next(iter(objectives_of(config, manifest))))
+    first = trial_config(config, "check", {})
+    description = next(iter(published.values()))
+    flops = step_flops_per_clip("finetune", first, description, len(manifest.label_names))
+    clips = first.train.steps * first.train.global_batch_size * config.sweep.repeats
+    check_budget(config.sweep, _cached_needs(config.finetune, config.sweep), float(flops * clips))
+
+
+def _check_alike(config: SweepConfig, published: Mapping[str, Mapping[str, Any]]) -> None:
+    """Encoders of another size or kind would not be compared on the same settings: a layer decay means another one."""
+    first_name, *names = published
+    for name in names:
+        ours, first = (published[one]["config"]["encoder"] for one in (name, first_name))
+        for key in ("num_layers", "width", "num_heads", "ffn_width", "patch_size"):
+            if ours.get(key) != first.get(key):
+                raise ConfigError(
+                    f"encoders.{name}={config.encoders[name]}: has {key}={ours.get(key)}, {first_name} has "
+                    f"{first.get(key)}; compare encoders of one architecture, and sweep others on their own"
+                )
+
+
+def _needs(config: SweepConfig, manifest: DatasetManifest) -> TrialNeeds:
+    """Of each trial, by whether the cluster's object store can hold the decoded clips."""
+    from beats_ray.data.cache import is_cached
+
+    is_streamed = not is_cached(manifest, config.data)
+    if is_streamed and config.sweep.scheduler == "pbt":
+        raise ConfigError(
+            f"data.cache={config.data.cache}: members of sweep.scheduler=pbt need their clips in the object store; use "
+            "data.cache=always with a larger ray.object_store_mib, or another scheduler"
+        )
+    return trial_needs(config.sweep, config.finetune.train, config.data, is_streamed)
+
+
+def _count_trials(config: SweepConfig, needs: TrialNeeds) -> int:
+    return concurrent_trials(needs, node_resources(), config.sweep.max_concurrent_trials)
+
+
+def _cached_needs(finetune: FinetuneSettings, sweep: SweepSettings) -> TrialNeeds:
+    return trial_needs(sweep, finetune.train, SweepConfig(output="-").data, is_streamed=False)
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, console: Console) -> None:
+    from beats_ray.tune.budget import Budget
+    from beats_ray.tune.live import LiveBoard
+
+    needs = _needs(config, manifest)
+    most = _count_trials(config, needs)
+    trials = Trials(config, manifest, load_cache(config.data, manifest) if needs.reading_cpus == 0 else None, needs)
+    budget = Budget(config.sweep, needs, output)
+    board = LiveBoard(config, manifest, budget)
+    try:
+        analysis = _tune(trials, output, budget, board, most)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or what the command line makes of SIGTERM
+        _end_well(config, board, console)
+        raise
+    finally:
+        budget.write()
+    _publish(config, output, board.write("complete", analysis.trials))
+
+
+def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> Any:
+    """Ray Tune's run of all trials, gone on with where there is one."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search import BasicVariantGenerator
 
     from beats_ray.tune.gauges import sweep_callbacks
+    from beats_ray.tune.live import read_histories
+    from beats_ray.tune.schedulers import build_scheduler, replay
+    from beats_ray.tune.search import SettingsSearch, num_settings
+    from beats_ray.tune.space import tune_domains
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings, steps = config.sweep, config.finetune.train.steps
-    validations = max(1, -(-steps // config.finetune.validate_every_steps))
-    search = OptunaSearch(seed=settings.seed) if settings.search == "optuna" else None
-    return tune.Tuner(
-        trainable,
-        param_space=tune_domains(settings.space),
-        tune_config=tune.TuneConfig(
-            metric=f"validation/{manifest.main_metric}",
-            mode="max",
-            num_samples=settings.num_trials,
-            max_concurrent_trials=settings.max_concurrent_trials,
-            search_alg=search,
-            scheduler=ASHAScheduler(
-                time_attr="validations",
-                max_t=validations,
-                grace_period=min(settings.grace_validations, validations),
-                reduction_factor=settings.reduction_factor,
-            ),
-            reuse_actors=True,
-            trial_name_creator=lambda trial: str(trial.trial_id),
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
-        ),
-        run_config=tune.RunConfig(
-            name="trials",
-            storage_path=folder.path,
-            storage_filesystem=folder.keyless_filesystem,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),
-            callbacks=sweep_callbacks(run_name(config.output), f"validation/{manifest.main_metric}", steps),
-        ),
+    config, sweep = trials.config, trials.config.sweep
+    objectives = objectives_of(config, trials.manifest)
+    metric, mode = next(iter(objectives.items()))
+    encoders = tuple(config.compared)
+    total = validations_of(trial_config(config, "check", {})) * sweep.repeats
+    settings: dict[str, Any] = {}
+    search: Any
+    if sweep.scheduler == "pbt":  # Ray's takes no searcher: the first members are drawn, and then they change
+        settings = tune_domains(sweep.space)
+        search = BasicVariantGenerator(
+            points_to_evaluate=[dict(point) for point in sweep.start], max_concurrent=most, random_state=sweep.seed
+        )
+    else:
+        search = SettingsSearch(sweep, objectives, total, encoders, read_known(sweep, metric))
+    scheduler = build_scheduler(sweep, total, encoders)
+    scheduler.set_search_properties(metric, mode)
+    replay(scheduler, sweep, read_histories(output))
+    folder = output / "tune"
+    for name in ("ray.tune.tune", "ray.tune.execution.tune_controller"):  # of failures the board tells, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours, on a cluster that was joined too
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = REMOTE_STATE_SECONDS if folder.is_remote else STATE_SECONDS
+    return tune.run(
+        tune.with_resources(tune.with_parameters(run_trial, trials=trials), trials.needs.of_tune),
+        name=NAME,
+        config=settings,
+        metric=None,  # searcher and scheduler have it
+        num_samples=num_settings(sweep) * len(encoders),
+        search_alg=search,
+        scheduler=scheduler,
+        stop=budget,
+        callbacks=[board, *sweep_callbacks(run_name(config.output), metric, total, mode)],
+        max_concurrent_trials=None if sweep.scheduler == "pbt" else most,
+        storage_path=folder.path,
+        storage_filesystem=folder.keyless_filesystem,
+        trial_name_creator=lambda trial: str(trial.trial_id),
+        trial_dirname_creator=lambda trial: str(trial.trial_id),
+        reuse_actors=not trials.needs.uses_ray_train,  # whose run does not end when its trial is stopped
+        raise_on_failed_trial=False,
+        verbose=0,
+        resume_config=_resume_config(folder),
     )
 
 
-def _trial_resources(train: TrainSettings) -> dict[str, float]:
-    return {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if train.use_gpu else {})
+def _resume_config(folder: Place) -> Any:
+    """How Tune goes on where it has state of this sweep: trials that ended stay, the others run. Else None."""
+    from ray.tune import ResumeConfig
+
+    if not any(name.startswith("experiment_state") for name in (folder / NAME).sizes()):
+        return None
+    kind: Any = ResumeConfig.ResumeType
+    return ResumeConfig(finished=kind.SKIP, unfinished=kind.RESUME, errored=kind.RESTART)
 
 
-def run_trial(parameters: dict[str, Any], config: SweepConfig, manifest: DatasetManifest, cache: Any) -> None:
-    """One trial, in its Tune actor."""
-    from ray import tune
+def _publish(config: SweepConfig, output: Place, board: Mapping[str, Any]) -> None:
+    """Copies the best model, and drops the checkpoints that nothing will go on from. RuntimeError where none is."""
+    best = board["best"]
+    if best is None:
+        failures = [
+            f"{row['failure']['kind']}: {row['failure']['reason']}" for row in board["trials"] if row["failure"]
+        ]
+        used_up = board["budget"]["used_up"]
+        why = sorted(set(failures)) or [f"{used_up} was used up before" if used_up else "all were stopped"]
+        raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(why)}")
+    (run_place(config, best["trial_id"]) / "model").copy_to(output / "model")
+    for row in board["trials"]:
+        if row["trial_id"] != best["trial_id"]:
+            for repeat in range(config.sweep.repeats):
+                (run_place(config, row["trial_id"], repeat) / "checkpoints").delete()
 
-    from beats_ray.train.worker import train_trial
 
-    trial_id = tune.get_context().get_trial_id()
-    settings = trial_config(config, trial_id, parameters)
-    identity = stage_identity(settings, {})  # the sweep's own has the keys
-    train_trial(Run("finetune", settings, manifest, open_place(settings.output), identity, cache), tune.report)
+def _end_well(config: SweepConfig, board: Any, console: Console) -> None:
+    """Asks the trials that run for a checkpoint, waits for it a while, and says what was best so far."""
+    from beats_ray.train.committed import sound_steps
+    from beats_ray.train.faults import STOP_REQUEST
+
+    running = [
+        run_place(config, trial_id, repeat) for trial_id in board.running for repeat in range(config.sweep.repeats)
+    ]
+    with suppress(StorageError):
+        running = [place for place in running if place.exists()]
+        before = {place: sound_steps(place / "checkpoints") for place in running}
+        for place in running:
+            (place / STOP_REQUEST).write_json({})
+        deadline = time.monotonic() + STOP_SECONDS
+        while running and time.monotonic() < deadline:
+            running = [place for place in running if sound_steps(place / "checkpoints") == before[place]]
+            time.sleep(0.2)
+        console.note("interrupted; the same command goes on")
+        show_best(board.write("interrupted"), console)
 
 
-def leaderboard(config: SweepConfig, manifest: DatasetManifest, results: Any) -> dict[str, Any]:
-    """All trials, the best on the validation part first; `best` is the first of those that ran to the end.
+def show_best(board: Mapping[str, Any], console: Console) -> None:
+    """Says what is best, how encoders compare, and how to repeat it."""
+    rows: Sequence[Mapping[str, Any]] = board["trials"]
+    name = board["metric"].removeprefix("validation/")
+    shown, best = name.replace("_", " "), board["best"]
+    stopped, failed = (sum(test(row) for row in rows) for test in (_was_stopped, _has_failed))
+    ends = f"{stopped} stopped early" + (f", {failed} failed" if failed else "")
+    if best is None:
+        console.note(f"{len(rows)} trials ({ends}), none has run to its end")
+        return
+    test_value = best[f"test_{name}"]
+    tested = float("nan") if test_value is None else test_value
+    console.note(
+        f"best of {len(rows)} trials ({ends}): validation {shown} {best[f'validation_{name}']:.3f}, "
+        f"test {shown} {tested:.3f}"
+    )
+    for row in [row for row in rows if row.get("failure")]:
+        console.note(f"trial {row['trial_id']} failed ({row['failure']['kind']}): {row['failure']['reason']}")
+    for comparison in board.get("comparisons", []):
+        console.note(comparison["says"])
+    if board.get("reproduce"):
+        console.note(f"again: {board['reproduce']['command']}")
 
-    A row has `validation_NAME` and `test_NAME` of the data set's main metric; `metric` is `validation/NAME`, and
-    `test_clips` how many clips the test part has.
-    """
-    name = manifest.main_metric
-    metric = f"validation/{name}"
-    rows = []
-    for result in results:
-        metrics = result.metrics or {}
-        frame = result.metrics_dataframe
-        steps = int(metrics.get("step", 0))
-        rows.append(
-            {
-                "trial_id": str(metrics.get("trial_id") or result.path.rsplit("/", 1)[-1]),
-                "config": result.config,
-                f"validation_{name}": metrics.get(metric),
-                f"test_{name}": metrics.get(f"test/{name}"),
-                "steps": steps,
-                "stopped_early": result.error is None and steps < config.finetune.train.steps,
-                "status": "failed" if result.error else "complete",
-                "history": []
-                if frame is None
-                else frame[[column for column in ("step", metric, "train/loss") if column in frame]].to_dict("records"),
-            }
-        )
-    # Trials that do equally well come in the order of their settings: their names are drawn anew in each run.
-    rows.sort(key=lambda row: (-(row[f"validation_{name}"] or 0.0), json.dumps(row["config"], sort_keys=True)))
-    finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
-    parts = find_parts(trial_config(config, "check", {}), manifest)
-    tested = clips_in(manifest, parts.test) if parts.test else 0
-    best = finished[0] if finished else None
-    return {"metric": metric, "trials": rows, "best": best, "test_clips": tested}
+
+def _was_stopped(row: Mapping[str, Any]) -> bool:
+    return bool(row["stopped_early"])
+
+
+def _has_failed(row: Mapping[str, Any]) -> bool:
+    return bool(row["status"] == "failed")

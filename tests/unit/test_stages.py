@@ -238,7 +238,7 @@ def test_the_command_prints_the_plan_and_writes_nothing(folder: Path, capsys: py
 def test_every_mistake_is_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, mistakes = plan(
         capsys, folder, "finetune.folds.test_fold=9", "distill.tokenizer.teacher_layer=77",
-        "pretrain.train.deepspeed={gradient_clipping: 3}", "start.encoder=/nowhere", "finetune.train.num_workers=2",
+        "pretrain.train.deepspeed={gradient_clipping: 3}", "start.encoder=/nowhere", "finetune.train.num_workers=[1,2]",
         "finetune.train.global_batch_size=16",
     )  # fmt: skip
     assert (status, out) == (2, "")

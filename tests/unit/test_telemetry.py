@@ -142,17 +142,17 @@ def test_prepare_exports_how_far_it_is_and_what_it_put_aside(exported: Values) -
 # --- a sweep ----------------------------------------------------------------------------------------------------------
 
 
-def trial(status: str, step: int = 0, best: float | None = None) -> Any:
+def trial(status: str, validations: int = 0, best: float | None = None) -> Any:
     analysis = {} if best is None else {"validation/accuracy": {"max": best, "min": best / 2}}
     return SimpleNamespace(
-        status=status, metric_analysis=analysis, run_metadata=SimpleNamespace(last_result={"step": step})
+        status=status, metric_analysis=analysis, run_metadata=SimpleNamespace(last_result={"validations": validations})
     )
 
 
 def test_a_sweep_exports_trials_by_state_and_its_best_value(exported: Values) -> None:
     from beats_ray.tune.gauges import STATES, SweepGauges
 
-    gauges = SweepGauges("first/sweep", "validation/accuracy", steps=100)
+    gauges = SweepGauges("first/sweep", "validation/accuracy", validations=100)
     gauges.on_step_end(1, [trial("PENDING"), trial("RUNNING", 10)])
     assert by_label(exported, "beats_ray_sweep_best") == {}, "no trial has reported yet"
     ended = [trial("TERMINATED", 100, 0.5), trial("TERMINATED", 40, 0.7), trial("ERROR", 10), trial("PAUSED", 10, 0.1)]
@@ -162,7 +162,7 @@ def test_a_sweep_exports_trials_by_state_and_its_best_value(exported: Values) ->
     ((_, labels),) = [key for key in exported if key[0] == "beats_ray_sweep_best"]
     assert dict(labels) == {"run": "first/sweep", "metric": "validation/accuracy"}
     assert list(by_label(exported, "beats_ray_sweep_best").values()) == [0.7]
-    SweepGauges("first/sweep", "validation/accuracy", steps=100, mode="min").on_experiment_end(ended)
+    SweepGauges("first/sweep", "validation/accuracy", validations=100, mode="min").on_experiment_end(ended)
     assert list(by_label(exported, "beats_ray_sweep_best").values()) == [0.05]
 
 

@@ -1,0 +1,133 @@
+"""The leaderboard of a sweep that is under way, from Ray Tune's own view of its trials."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from ray.tune import Callback
+
+from beats_ray.config import SweepConfig
+from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.tune.budget import Budget
+from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
+
+ENDED = ("TERMINATED", "ERROR")
+WRITE_SECONDS = 10.0
+"""Between two boards: each is a file on storage, written while trials wait for an answer."""
+
+
+class LiveBoard(Callback):
+    """Keeps what trials report and writes the leaderboard now and then; `write` does so at once."""
+
+    def __init__(self, config: SweepConfig, manifest: DatasetManifest, budget: Budget) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._budget = budget
+        self._trials: Sequence[Any] = ()
+        self._histories: dict[str, list[dict[str, Any]]] = {}
+        self._ended: set[str] | None = None
+        """Trials that ended by themselves or by the scheduler: Tune says nothing of those that the budget ends."""
+        self._written = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        del iteration
+        if self._ended is None:
+            self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        del iteration
+        self._history_of(trial.trial_id).append(dict(result))
+        self._look(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        del iteration
+        if self._ended is not None:
+            self._ended.add(trial.trial_id)
+        self._look(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        del iteration, trial
+        self._look(trials)
+
+    def _look(self, trials: list[Any]) -> None:
+        self._trials = trials
+        if time.monotonic() - self._written < WRITE_SECONDS:
+            return
+        with suppress(StorageError):  # the next one will do
+            self.write("running")
+
+    def write(self, status: str, trials: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Writes the board of these trials, by default those last seen, and returns it."""
+        self._trials = self._trials if trials is None else trials
+        board = leaderboard(
+            self._config,
+            self._manifest,
+            [self._outcome(trial, status) for trial in self._trials if _has_begun(trial)],
+            status,
+            self._budget.as_record(),
+            self._budget.cost_per_second,
+        )
+        write_board(self._config, self._manifest, board)
+        self._written = time.monotonic()
+        return board
+
+    @property
+    def running(self) -> list[str]:
+        """Ids of the trials that run now."""
+        return [trial.trial_id for trial in self._trials if trial.status == "RUNNING"]
+
+    def _outcome(self, trial: Any, status: str) -> Outcome:
+        has_ended = trial.status in ENDED
+        stopped_by = "scheduler" if trial.trial_id in (self._ended or ()) else "budget"
+        return Outcome(
+            trial_id=trial.trial_id,
+            parameters=dict(trial.config),
+            metrics={} if trial.last_result is None else dict(trial.last_result),
+            history=self._history_of(trial.trial_id),
+            error=_error_of(trial) if trial.status == "ERROR" else None,
+            is_running=not has_ended and status == "running",
+            stopped_by=stopped_by if has_ended else "interruption",
+        )
+
+    def _history_of(self, trial_id: str) -> list[dict[str, Any]]:
+        """What the trial has reported, before the sweep was started again too."""
+        if trial_id not in self._histories:
+            self._histories[trial_id] = read_history(open_place(self._config.output), trial_id)
+        return self._histories[trial_id]
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Nothing that a sweep which goes on would need: its files have it."""
+        return None
+
+
+def _has_begun(trial: Any) -> bool:
+    """Whether it ever ran: one that waits to go on has reported."""
+    return trial.status != "PENDING" or "step" in (trial.last_result or {})
+
+
+def read_history(output: Place, trial_id: str) -> list[dict[str, Any]]:
+    """The reports of a trial that Ray Tune has logged, oldest first."""
+    try:
+        text = (output / "tune" / "trials" / trial_id / "result.json").read_bytes().decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def read_histories(output: Place) -> dict[str, list[dict[str, Any]]]:
+    """The same of every trial that has reported, by trial id; nothing where the sweep has not begun."""
+    folder = output / "tune" / "trials"
+    names = {name.split("/")[0] for name in folder.sizes(recursive=True) if name.endswith("/result.json")}
+    found = {name: read_history(output, name) for name in sorted(names)}
+    return {name: history for name, history in found.items() if history}
+
+
+def _error_of(trial: Any) -> BaseException | str:
+    try:
+        error = trial.get_pickled_error()
+    except Exception as unreadable:  # noqa: BLE001  # an error of a class that cannot be unpickled is one all the same
+        error = unreadable
+    return error or str(trial.get_error() or "the trial failed and left no reason")

@@ -1,0 +1,127 @@
+"""Where trials run, and how many at one time, so that a sweep never waits for itself.
+
+Two kinds of trials:
+- one worker, clips in the object store: the training loop runs in Tune's own actor, whose reservation is all it needs;
+- several workers, or clips that are streamed: Tune's actor holds next to nothing and starts a Ray Train run, which asks
+  for its workers as one placement group.
+
+Neither can deadlock. A placement group is given as a whole or not at all, so no trial ever holds one worker and waits
+for another. What remains is a trial that holds its workers and waits for its stream's tasks; for these room is counted:
+`concurrent_trials` packs whole trials, workers with their streams, onto the nodes, and no more are started than fit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from beats_ray.config import ConfigError, StreamSettings, SweepSettings, TrainSettings
+
+HOLD_CPUS = 0.01
+"""Of Tune's actor where Ray Train has the workers: it waits for them. Ray takes no empty reservation."""
+
+Resources = Mapping[str, float]
+ROUNDING = 1e-6  # fractions of a CPU or a GPU that add up to a whole one
+
+
+@dataclass(frozen=True)
+class TrialNeeds:
+    """What one trial holds while it runs."""
+
+    uses_ray_train: bool
+    worker: dict[str, float]
+    """Resources of each worker."""
+    num_workers: int
+    reading_cpus: float
+    """Of the tasks of its streams, anywhere in the cluster; 0 where clips are in the object store."""
+
+    @property
+    def of_tune(self) -> dict[str, float]:
+        """What Tune reserves for the trial's actor."""
+        return {"CPU": HOLD_CPUS} if self.uses_ray_train else self.worker
+
+    @property
+    def gpus(self) -> float:
+        return self.num_workers * self.worker.get("GPU", 0.0)
+
+    @property
+    def cpus(self) -> float:
+        return self.num_workers * self.worker.get("CPU", 0.0) + self.reading_cpus
+
+
+def trial_needs(sweep: SweepSettings, train: TrainSettings, data: StreamSettings, is_streamed: bool) -> TrialNeeds:
+    """What a trial of these settings needs. ConfigError for workers that cannot share a GPU, or change in number."""
+    if train.min_workers != train.max_workers:
+        raise ConfigError(
+            f"finetune.train.num_workers={list(train.worker_range)}: a trial keeps its workers, or times could not be "
+            "compared; give one number"
+        )
+    if sweep.gpus_per_worker < 1 and not train.use_gpu:
+        raise ConfigError(
+            f"sweep.gpus_per_worker={sweep.gpus_per_worker:g}: trials run on the CPU; set finetune.train.use_gpu=true, "
+            "or leave it out"
+        )
+    if sweep.gpus_per_worker < 1 and (train.max_workers > 1 or is_streamed):
+        raise ConfigError(
+            f"sweep.gpus_per_worker={sweep.gpus_per_worker:g}: workers of one run would meet on one GPU, which NCCL "
+            "refuses, and runs that stream are of that kind; use 1, or finetune.train.num_workers=1 with cached clips"
+        )
+    worker = {"CPU": train.cpus_per_worker} | ({"GPU": sweep.gpus_per_worker} if train.use_gpu else {})
+    reading_cpus = 0.0
+    if is_streamed:
+        from beats_ray.data.stream import required_cpus
+
+        reading_cpus = 2 * required_cpus(data)  # held-out clips are read beside the training's
+    return TrialNeeds(
+        uses_ray_train=train.max_workers > 1 or is_streamed,
+        worker=worker,
+        num_workers=train.max_workers,
+        reading_cpus=reading_cpus,
+    )
+
+
+def concurrent_trials(needs: TrialNeeds, nodes: Sequence[Resources], most: int | None) -> int:
+    """Trials that run at one time: as many as fit on the nodes, and at most `most`. ConfigError where none does."""
+    count = _pack(needs, nodes, most or 10**6)
+    if count == 0:
+        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        streams = f" and {needs.reading_cpus:g} CPUs for its streams" if needs.reading_cpus else ""
+        each = " and ".join(f"{amount:g} {name}" for name, amount in needs.worker.items())
+        raise ConfigError(
+            f"a trial needs {needs.num_workers} x ({each}){streams} (finetune.train.num_workers, cpus_per_worker, "
+            f"use_gpu); the cluster has {total['CPU']:g} CPU and {total['GPU']:g} GPU on {len(nodes)} nodes; lower "
+            "them, or use a larger cluster"
+        )
+    return count
+
+
+def _pack(needs: TrialNeeds, nodes: Sequence[Resources], most: int) -> int:
+    """Whole trials, worker by worker, onto the first node with room; what streams read with may be anywhere."""
+    free = [dict(node) for node in nodes]
+    count = 0
+    while count < most:
+        for _ in range(needs.num_workers):
+            node = next((node for node in free if _fits(needs.worker, node)), None)
+            if node is None:
+                return count
+            for name, amount in needs.worker.items():
+                node[name] -= amount
+        left = needs.reading_cpus + (HOLD_CPUS if needs.uses_ray_train else 0.0)
+        for node in free:
+            taken = min(left, max(0.0, node.get("CPU", 0.0)))
+            node["CPU"] = node.get("CPU", 0.0) - taken
+            left -= taken
+        if left > ROUNDING:
+            return count
+        count += 1
+    return count
+
+
+def _fits(worker: Resources, node: Resources) -> bool:
+    return all(node.get(name, 0.0) >= amount - ROUNDING for name, amount in worker.items())
+
+
+def node_resources() -> list[dict[str, Any]]:
+    """What each living node of the cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,152 @@
+"""Real sweeps on a local cluster: planted faults, a population, several encoders, several workers, the best again.
+
+Clips are tones in noise and the encoder has one layer: a run of a few dozen steps tells a good learning rate from a bad
+one, and what is slow is the start of processes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tones import write_tones
+
+from beats_ray.config import FinetuneConfig, RaySettings, SweepConfig, load_config
+from beats_ray.console import Console
+from beats_ray.launch import ray_cluster
+from beats_ray.models import BeatsEncoder, encoder_config, save_model
+from beats_ray.train.jobs import run_finetune
+from beats_ray.tune.sweep import run_sweep
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}
+OVERRIDES = [
+    "data.clip_seconds=1",
+    "finetune.augment.mixup=0",
+    "finetune.layer_drop=0",
+    "finetune.validate_every_steps=8",
+    "finetune.train.steps=32",
+    "finetune.train.warmup_steps=1",
+    "finetune.train.learning_rate=3e-3",
+    "finetune.train.layer_decay=1",
+    "finetune.train.global_batch_size=4",
+    "finetune.train.micro_batch_size=4",
+    "finetune.train.loggers=[]",
+]
+GOOD, USELESS = 3e-3, 1e-7
+CHANCE = 1 / 3
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a data set and two encoders; a private cluster of four CPUs runs beside it."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    write_tones(folder / "data", clips=9)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_model(BeatsEncoder(encoder_config("tiny", **SMALL)), folder / f"encoder-{seed}")
+    with ray_cluster(RaySettings(address="local", num_cpus=4, object_store_mib=256)):
+        yield folder
+
+
+def sweep(work: Path, name: str, *overrides: str, **fields: Any) -> dict[str, Any]:
+    """Runs a sweep and returns its leaderboard."""
+    fields = {"encoder": str(work / "encoder-0"), "output": str(work / name), **fields}
+    config = load_config(SweepConfig, None, [f"data.path={work / 'data'}", *OVERRIDES, *overrides], **fields)
+    run_sweep(config, Console())
+    board: dict[str, Any] = json.loads((work / name / "leaderboard.json").read_text())
+    return board
+
+
+def grid(*values: Any, **when: Any) -> dict[str, Any]:
+    return {"distribution": "grid", "values": list(values), **when}
+
+
+def test_a_bad_trial_is_stopped_a_crash_ends_nothing_and_the_best_can_be_had_again(work: Path) -> None:
+    space = {
+        "train.learning_rate": grid(GOOD, 10.0),
+        "train.steps": grid(32, 16, when={"train.learning_rate": [GOOD]}),
+        "train.warmup_steps": grid(1, 20, when={"train.steps": [16]}),  # 20 of 16 steps: the settings are refused
+    }
+    settings = {"search": "grid", "max_concurrent_trials": 1, "space": space}
+    board = sweep(work, "planted", sweep=settings)
+    rows = {tuple(row["config"].values()): row for row in board["trials"]}
+    assert len(rows) == 4
+    crash, bad = rows[GOOD, 16, 20], rows[(10.0,)]
+    assert crash["status"] == "failed"
+    assert crash["failure"]["kind"] == "settings"
+    assert "warmup_steps=20 is more than steps=16" in crash["failure"]["reason"]
+    assert (bad["stopped_early"], bad["stopped_by"]) == (True, "scheduler")
+    assert bad["steps"] < 32
+    assert board["best"]["config"]["train.learning_rate"] == GOOD
+    assert board["best"]["validation_accuracy"] > CHANCE
+
+    again = load_config(FinetuneConfig, board["reproduce"]["command"].split()[-1])
+    run_finetune(again, Console())
+    ours, theirs = (
+        load_file(place / "model.safetensors") for place in (work / "planted" / "model", Path(again.output) / "model")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Path) -> None:
+    space = {"train.learning_rate": {"distribution": "loguniform", "low": USELESS, "high": GOOD}}
+    settings = {
+        "search": "random", "scheduler": "pbt", "num_trials": 2, "grace_validations": 2, "space": space,
+        "start": [{"train.learning_rate": GOOD}, {"train.learning_rate": USELESS}],
+    }  # fmt: skip
+    board = sweep(work, "population", "finetune.train.steps=64", sweep=settings)
+    histories = [
+        [(record["step"], record["validation/accuracy"]) for record in row["history"]] for row in board["trials"]
+    ]
+    bad = min(histories, key=lambda history: max(accuracy for step, accuracy in history[:2]))
+    good = max(histories, key=lambda history: max(accuracy for step, accuracy in history[:2]))
+    copied = next(
+        index for index in range(1, len(bad)) if bad[index][0] <= bad[index - 1][0]
+    )  # a step back: to the other's
+    assert max(accuracy for _, accuracy in bad[:copied]) < bad[copied][1]
+    assert bad[copied][0] - 8 in [step for step, _ in good]
+    assert all(row["steps"] == 64 for row in board["trials"])
+    assert list((work / "population").glob("trials/*/followed.json"))
+
+
+def test_encoders_are_compared_on_the_same_settings_clip_by_clip(work: Path) -> None:
+    encoders = {f"e{seed}": str(work / f"encoder-{seed}") for seed in (0, 1)}
+    settings = {"num_trials": 2, "scheduler": "none", "repeats": 2, "max_concurrent_trials": None}
+    board = sweep(work, "pairs", "finetune.train.steps=16", encoder=None, encoders=encoders, sweep=settings)
+    assert len(board["trials"]) == 4
+    by_setting: dict[int, list[dict[str, Any]]] = {}
+    for row in board["trials"]:
+        by_setting.setdefault(row["setting"], []).append(row)
+        assert (row["status"], row["stopped_early"], row["steps"]) == ("complete", False, 32)
+        assert row["validation_accuracy"] == pytest.approx(sum(row["repeats"]) / 2)
+        for repeat in (0, 1):  # what a trial says of its clips is what its loop has measured
+            run = work / "pairs" / "trials" / row["trial_id"] / f"repeat-{repeat}"
+            judged = json.loads((run / "judged.json").read_text())["validation"]
+            assert sum(judged.values()) / len(judged) == pytest.approx(row["repeats"][repeat])
+    for pair in by_setting.values():
+        assert {row["encoder"] for row in pair} == {"e0", "e1"}
+        assert pair[0]["config"] == pair[1]["config"]
+    same, best = board["comparisons"]
+    assert (same["pairs"], same["over"], best["over"]) == (2, "clips and runs", "clips and runs")
+    difference = [row["test_accuracy"] * (1 if row["encoder"] == "e1" else -1) for row in board["trials"]]
+    assert same["difference"] == pytest.approx(sum(difference) / 2)
+    assert same["is_noise"] == (same["interval"][0] <= 0 <= same["interval"][1])
+    assert (work / "pairs" / "model" / "model.safetensors").exists()
+
+
+def test_trials_of_two_workers_are_ray_train_runs_side_by_side(work: Path) -> None:
+    overrides = ["finetune.train.num_workers=2", "finetune.train.micro_batch_size=2", "finetune.train.steps=16"]
+    space = {"train.learning_rate": grid(GOOD, USELESS)}
+    settings = {"search": "grid", "scheduler": "none", "space": space, "max_concurrent_trials": None}
+    board = sweep(work, "workers", *overrides, sweep=settings)
+    assert [row["status"] for row in board["trials"]] == ["complete"] * 2
+    for row in board["trials"]:
+        assert [record["step"] for record in row["history"]] == [8, 16]
+        assert len(list((work / "workers" / "trials" / row["trial_id"]).glob("ray-train"))) == 1
+    assert (work / "workers" / "model" / "model.safetensors").exists()

@@ -1,0 +1,82 @@
+"""The leaderboard while a sweep runs, when its budget ends it, and when it is interrupted."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.prepared import write_dataset
+
+from beats_ray.config import SweepConfig, load_config
+from beats_ray.data.storage import open_place
+from beats_ray.tune.budget import Budget
+from beats_ray.tune.live import LiveBoard, read_histories
+from beats_ray.tune.placement import TrialNeeds
+
+pytestmark = pytest.mark.unit
+
+ONE_CPU = TrialNeeds(uses_ray_train=False, worker={"CPU": 1.0}, num_workers=1, reading_cpus=0.0)
+
+
+@dataclass(eq=False)
+class Trial:
+    """What the board looks at of a trial of Tune's."""
+
+    trial_id: str
+    status: str = "RUNNING"
+    config: dict[str, Any] = field(default_factory=lambda: {"train.learning_rate": 1e-3, "encoder": "encoder"})
+    last_result: dict[str, Any] | None = None
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> LiveBoard:
+    manifest = write_dataset(tmp_path / "data", ("x", "y"))
+    config = load_config(SweepConfig, None, [f"output={tmp_path / 'sweep'}", f"data.path={tmp_path / 'data'}"])
+    return LiveBoard(config, manifest, Budget(config.sweep, ONE_CPU, open_place(config.output)))
+
+
+def report(board: LiveBoard, trials: list[Trial], trial: Trial, steps: int, accuracy: float) -> None:
+    trial.last_result = {"step": steps, "validation/accuracy": accuracy, "train/loss": 1.0, "time_total_s": 1.0}
+    board.on_trial_result(0, trials, trial, trial.last_result)
+
+
+def test_it_says_who_ended_each_trial(board: LiveBoard, tmp_path: Path) -> None:
+    before, stopped, late, running = trials = [
+        Trial("before", "TERMINATED"), Trial("stopped"), Trial("late"), Trial("running"),
+    ]  # fmt: skip
+    before.last_result = {"step": 100, "validation/accuracy": 0.1}
+    board.on_step_begin(1, trials)
+    for trial, accuracy in ((stopped, 0.2), (late, 0.3), (running, 0.4)):
+        report(board, trials, trial, 100, accuracy)
+    stopped.status = "TERMINATED"
+    board.on_trial_complete(1, trials, stopped)
+    late.status = "TERMINATED"  # which is all that Tune does when a stopper ends the sweep
+    board.on_step_begin(2, trials)
+    assert board.running == ["running"]
+    board.write("running")
+    written = json.loads((tmp_path / "sweep" / "leaderboard.json").read_text())
+    assert written["status"] == "running"
+    ends = {row["trial_id"]: (row["status"], row["stopped_by"]) for row in written["trials"]}
+    assert ends == {
+        "before": ("complete", "scheduler"),
+        "stopped": ("complete", "scheduler"),
+        "late": ("complete", "budget"),
+        "running": ("running", None),
+    }
+    interrupted = board.write("interrupted")
+    assert {row["stopped_by"] for row in interrupted["trials"]} == {"scheduler", "budget", "interruption"}
+    assert written["trials"][0]["history"] == [{"step": 100, "validation/accuracy": 0.4, "train/loss": 1.0}]
+
+
+def test_what_was_reported_before_an_interruption_is_read_again(board: LiveBoard, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep" / "tune" / "trials"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    records = [{"step": step, "validation/accuracy": step / 100, "config": {}} for step in (10, 20)]
+    (folder / "a" / "result.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "b" / "result.json").write_text("")
+    assert read_histories(open_place(str(tmp_path / "sweep"))) == {"a": records}
+    trial = Trial("a")
+    report(board, [trial], trial, 30, 0.5)
+    assert [record["step"] for record in board.write("running")["trials"][0]["history"]] == [10, 20, 30]
