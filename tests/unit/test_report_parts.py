@@ -324,6 +324,7 @@ def test_the_folder_of_one_sweep_has_a_report_and_keeps_its_leaderboard(tmp_path
     html, text = read_page(place)
     assert "my-sweep: settings and validation accuracy" in html
     assert "iterations complete" not in text
+    assert "Codebook usage" not in text
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
