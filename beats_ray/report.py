@@ -65,12 +65,16 @@ def write_report(
 
 
 def build_sections(run: Run, with_audio: bool) -> list[Section]:
-    """All sections of the report, in the order of the page; damaged files are added to the run's problems."""
+    """All sections of the report, in the order of the page; damaged files are added to the run's problems.
+
+    Of one stage's folder those alone that have something to show.
+    """
     builders = (
         leaderboard, iterations_compared, learning_curves, sweeps, evaluations,
         partial(confusions, with_audio=with_audio), codebooks, data_health, throughput, faults, settings, loading,
     )  # fmt: skip
-    return [build(run) for build in builders]
+    sections = [build(run) for build in builders]
+    return [section for section in sections if not (run.is_single_stage and section.absent)]
 
 
 def write_curves(runs: Sequence[str], folder: str) -> list[tuple[str, str]]:

@@ -91,7 +91,9 @@ def leaderboard(run: Run) -> Section:
     section = Section("Leaderboard")
     rows = [] if run.is_single_stage else run.leaderboard()
     if not rows:
-        section.absent = "One stage's own folder." if run.is_single_stage else "No iteration has started yet."
+        section.absent = (
+            "The folder of one stage: no encoders to rank." if run.is_single_stage else "No iteration has started yet."
+        )
         return section
     section.notes = [
         "Frozen probe: logistic regression on mean-pooled features, k-fold over all clips.",

@@ -192,7 +192,7 @@ class Run:
         ended = {stage.name for stage in started if stage.status in ("complete", "done")}
         is_done = ended.issuperset(self._judges(index) | {"pretrain"} | {stage.name for stage in started})
         return LeaderboardRow(
-            name="untrained" if index == 0 else f"iteration {index}",
+            name=self.name if self.is_single_stage else f"iteration {index}" if index else "untrained",
             kind="untrained" if index == 0 else "iteration",
             probe_accuracy=number(probe.get("accuracy")),
             probe_standard_error=number(probe.get("standard_error")),

@@ -142,7 +142,7 @@ def _trial_grid(title: str, board: SweepBoard) -> Grid:
     columns["state"] = [trial.state for trial in trials]
     if any(trial.reason for trial in trials):
         columns["reason"] = [_shortened(trial.reason) or "-" for trial in trials]
-    for name, label in _short_names(settings).items():
+    for name, label in _short_names(settings, taken=(*columns, "time", "cost")).items():
         columns[label] = [setting_text(trial.settings.get(name)) for trial in trials]
     if any(trial.seconds for trial in trials):
         columns["time"] = [duration(trial.seconds or 0.0) for trial in trials]
@@ -214,7 +214,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
 
 
-def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each setting without its section, where that is its alone."""
-    counts = Counter(name.rsplit(".", 1)[-1] for name in names)
+def _short_names(names: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
+    """Each setting without its section, where that is its alone and no column of another kind has it."""
+    counts = Counter([*taken, *(name.rsplit(".", 1)[-1] for name in names)])
     return {name: short if counts[short := name.rsplit(".", 1)[-1]] == 1 else name for name in names}

@@ -149,6 +149,7 @@ def test_parallel_coordinates_have_every_trial_the_weightiest_setting_beside_the
 def test_failed_trials_and_encoders_compared_by_a_sweep_are_shown(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     trials = [{**trial, "encoder": f"e{index % 2}"} for index, trial in enumerate(swept_trials(6))]
+    trials[0]["config"]["train.steps"] = 77
     compared = {"encoder": "e1", "reference": "e0", "of": "same settings", "pairs": 6, "difference": -0.0125,
                 "standard_error": 0.02, "interval": [-0.06, 0.035], "over": "clips", "part": "test",
                 "is_noise": True}  # fmt: skip
@@ -163,6 +164,9 @@ def test_failed_trials_and_encoders_compared_by_a_sweep_are_shown(tmp_path: Path
     for expected in ("diverged: no number", "1 of 7 trials failed", "running; 7 trials so far", "e1 against e0",
                      "-0.013 ± 0.020", "-0.060 to +0.035", "no more than noise", "models/e1"):  # fmt: skip
         assert expected in text, expected
+    grid = next(one for one in sections_of(tmp_path / "run")["Fine-tuning sweeps"].tables if "2: trials" in one.title)
+    row = dict(zip(grid.columns, grid.rows[0].cells, strict=True))
+    assert (row["steps"], row["train.steps"], row["encoder"]) == ("40", "77", "e0")
 
 
 def test_a_metric_that_is_minimised_puts_its_best_trial_on_top() -> None:
@@ -320,6 +324,7 @@ def test_the_folder_of_one_sweep_has_a_report_and_keeps_its_leaderboard(tmp_path
     html, text = read_page(place)
     assert "my-sweep: settings and validation accuracy" in html
     assert "iterations complete" not in text
+    assert "Codebook usage" not in text
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
