@@ -651,8 +651,6 @@ class PretrainConfig(TrainingJob, PretrainSettings):
     def _one_tokenizer(self) -> Self:
         if self.tokenizer and "random_projection" in self.model_fields_set:
             raise ValueError(f"random_projection and tokenizer={self.tokenizer} are both set; set one of them")
-        if self.labels and not self.tokenizer:
-            raise ValueError(f"labels={self.labels} needs the tokenizer that wrote them; set tokenizer")
         return self
 
 

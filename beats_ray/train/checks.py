@@ -198,6 +198,8 @@ def attempt(work: Callable[[], ResultT], mistakes: list[UserError]) -> ResultT |
 def _read_published(kind: RunKind, config: RunConfig) -> dict[str, Any]:
     field, kinds, what = _STARTS_FROM[kind]
     path = getattr(config, field)
+    if isinstance(config, PretrainConfig) and config.labels and not path:
+        raise ConfigError(f"labels={config.labels} needs the tokenizer that wrote them; set tokenizer")
     if isinstance(config, PretrainConfig) and not path:
         from beats_ray.models import describe_model
         from beats_ray.train.pretrain import build_random_projection

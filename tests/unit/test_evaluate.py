@@ -165,9 +165,16 @@ def test_an_encoder_on_two_data_sets_leaves_the_tables_of_each_and_one_of_both(
     model = save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), tmp_path / "m")
     fields = {"output": f"{tmp_path}/out", "model": str(model), "data": {"path": f"{tmp_path}/one"}}
     written = run_evaluate(validate(EvaluateConfig, fields | {"also": [f"{tmp_path}/two"]}), Console())
+    of_each = (
+        "evaluation.json",
+        "folds.csv",
+        "confusion.csv",
+        "per_class.csv",
+        "predictions.csv",
+        "predictions.parquet",
+    )
     assert {Path(place).relative_to(tmp_path / "out").as_posix() for _, place in written} == {
-        "one/evaluation.json", "one/folds.csv", "two/evaluation.json", "two/folds.csv", "evaluation.json",
-        "evaluation.csv",
+        *(f"{name}/{file}" for name in ("one", "two") for file in of_each), "evaluation.json", "evaluation.csv",
     }  # fmt: skip
     assert (tmp_path / "out" / "one" / "folds.csv").read_text().splitlines()[1:] == [
         f"{fold},4,1.000000,0.000000" for fold in (1, 2, 3)
