@@ -108,7 +108,7 @@ def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Pa
     start = bad[0][1]
     copied = next(index for index, (_, accuracy) in enumerate(bad) if accuracy != start)  # nothing is learned by itself
     step, accuracy = bad[copied]
-    known = {step: accuracy for step, accuracy in reversed(good)}  # of a step that it took twice, the first time
+    known = dict(reversed(good))  # of a step that it took twice, the first time
     assert accuracy > start
     assert accuracy >= known[step - 8] - 1 / 9  # within a clip of what the copied weights had, one validation later
     assert all(row["steps"] == 64 for row in board["trials"])
