@@ -104,13 +104,13 @@ def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Pa
     histories = [
         [(record["step"], record["validation/accuracy"]) for record in row["history"]] for row in board["trials"]
     ]
-    bad = min(histories, key=lambda history: max(accuracy for step, accuracy in history[:2]))
-    good = max(histories, key=lambda history: max(accuracy for step, accuracy in history[:2]))
-    copied = next(
-        index for index in range(1, len(bad)) if bad[index][0] <= bad[index - 1][0]
-    )  # a step back: to the other's
-    assert max(accuracy for _, accuracy in bad[:copied]) < bad[copied][1]
-    assert bad[copied][0] - 8 in [step for step, _ in good]
+    bad, good = sorted(histories, key=lambda history: max(accuracy for _, accuracy in history[:2]))
+    start = bad[0][1]
+    copied = next(index for index, (_, accuracy) in enumerate(bad) if accuracy != start)  # nothing is learned by itself
+    step, accuracy = bad[copied]
+    known = dict(reversed(good))  # of a step that it took twice, the first time
+    assert accuracy > start
+    assert accuracy >= known[step - 8] - 1 / 9  # within a clip of what the copied weights had, one validation later
     assert all(row["steps"] == 64 for row in board["trials"])
     assert list((work / "population").glob("trials/*/followed.json"))
 
