@@ -185,8 +185,10 @@ def test_evaluate_probes_an_encoder_over_all_folds(cluster: EmbeddedObjectStore,
     assert result["clips"] == len(result["correct"]) == 24
     assert set(result["fold_accuracies"]) == {"1", "2", "3"}
     assert result["accuracy"] == 1.0  # two pure tones
-    assert [label for label, _ in written] == ["evaluation", "folds"]
-    lines = Path(written[1][1]).read_text().split()
+    assert [label for label, _ in written] == [
+        "evaluation", "confusion", "per_class", "predictions", "predictions.parquet", "folds",
+    ]  # fmt: skip
+    lines = Path(written[-1][1]).read_text().split()
     assert lines == ["fold,clips,accuracy,standard_error", *(f"{fold},8,1.000000,0.000000" for fold in (1, 2, 3))]
 
 
