@@ -34,6 +34,7 @@ class LiveBoard(Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
         del iteration
+        self._trials = trials  # an interruption may come before the first report
         if self._ended is None:
             self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
 

@@ -80,3 +80,11 @@ def test_what_was_reported_before_an_interruption_is_read_again(board: LiveBoard
     trial = Trial("a")
     report(board, [trial], trial, 30, 0.5)
     assert [record["step"] for record in board.write("running")["trials"][0]["history"]] == [10, 20, 30]
+
+
+def test_an_interruption_before_the_first_report_finds_the_trials_and_keeps_their_rows(board: LiveBoard) -> None:
+    ended = Trial("ended", "TERMINATED", last_result={"step": 100, "validation/accuracy": 0.1})
+    trials = [ended, Trial("running")]
+    board.on_step_begin(1, trials)
+    assert board.running == ["running"]  # which are asked for a checkpoint
+    assert {row["trial_id"] for row in board.write("interrupted")["trials"]} == {"ended", "running"}
