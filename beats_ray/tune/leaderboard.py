@@ -67,6 +67,8 @@ class Outcome:
     is_running: bool = False
     stopped_by: str = "scheduler"
     """Who stopped it, if anybody did."""
+    seconds: float = 0.0
+    """That it has run, over all starts of the sweep."""
 
 
 def objectives_of(config: SweepConfig, manifest: DatasetManifest) -> dict[str, str]:
@@ -141,7 +143,6 @@ def _row(
     steps, settings = int(metrics.get("step", 0)), drawn_settings(outcome.parameters)
     total = int(settings.get("train.steps", config.finetune.train.steps)) * config.sweep.repeats
     stopped = outcome.error is None and not outcome.is_running and steps < total
-    seconds = float(metrics.get("time_total_s", 0.0))
     row: dict[str, Any] = {
         "trial_id": outcome.trial_id,
         "encoder": outcome.parameters.get(ENCODER, next(iter(config.compared))),
@@ -150,8 +151,8 @@ def _row(
         _column(metric): metrics.get(metric),
         f"test_{name}": metrics.get(f"test/{name}"),
         "steps": steps,
-        "seconds": seconds,
-        "cost": seconds * cost_per_second,
+        "seconds": outcome.seconds,
+        "cost": outcome.seconds * cost_per_second,
         "stopped_early": stopped,
         "stopped_by": outcome.stopped_by if stopped else None,
         "status": "running" if outcome.is_running else "failed" if outcome.error is not None else "complete",

@@ -32,9 +32,9 @@ def config_of(folder: Path, *overrides: str, **fields: Any) -> SweepConfig:
 
 def trial(name: str, learning_rate: float, accuracy: float, steps: int = STEPS, **more: Any) -> Outcome:
     encoder, setting = more.pop("encoder", "encoder"), more.pop("setting", 0)
-    metrics = {"validation/accuracy": accuracy, "test/accuracy": accuracy, "step": steps, "time_total_s": 7200.0}
+    metrics = {"validation/accuracy": accuracy, "test/accuracy": accuracy, "step": steps}
     parameters = {"train.learning_rate": learning_rate, "encoder": encoder, "setting": setting}
-    return Outcome(name, parameters, metrics | more.pop("metrics", {}), **more)
+    return Outcome(name, parameters, metrics | more.pop("metrics", {}), **{"seconds": 7200.0, **more})
 
 
 @pytest.mark.parametrize("names", ["abc", "cba"])
