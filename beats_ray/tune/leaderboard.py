@@ -141,7 +141,7 @@ def _row(
     metrics, metric = outcome.metrics, next(iter(objectives))
     name = metric.removeprefix("validation/")
     steps, settings = int(metrics.get("step", 0)), drawn_settings(outcome.parameters)
-    total = int(settings.get("train.steps", config.finetune.train.steps)) * config.sweep.repeats
+    total = config.finetune.train.steps * config.sweep.repeats
     stopped = outcome.error is None and not outcome.is_running and steps < total
     row: dict[str, Any] = {
         "trial_id": outcome.trial_id,
