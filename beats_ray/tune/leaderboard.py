@@ -6,7 +6,8 @@ status                running, interrupted, complete
 trials                one row for each trial, the best first:
   trial_id, encoder, setting     its folder below trials/, its encoder's name, the number of its drawn setting
   config                         the drawn settings, by their dotted names
-  validation_NAME, test_NAME     the metric; over repeats, the mean of those that are done
+  validation_NAME, test_NAME     the metric; over repeats, the mean of those that are done. Beside another metric that
+                                 of the data set, accuracy or mean_average_precision, too: what results are told in
   objectives                     {metric: value}, where there are several
   repeats                        the metric of each run that is done, where there are several
   steps, seconds, cost           optimizer steps over all runs, seconds, price (0 without prices)
@@ -88,7 +89,7 @@ def leaderboard(
     objectives = objectives_of(config, manifest)
     metric = next(iter(objectives))
     budget = budget or {"minutes": None, "cost": None, "used_up": None}
-    rows = [_row(config, one, objectives, cost_per_second) for one in outcomes]
+    rows = [_row(config, one, objectives, manifest.main_metric, cost_per_second) for one in outcomes]
     # Trials that do equally well come in the order of their settings: their names are drawn anew in each run.
     sign = -1.0 if objectives[metric] == "max" else 1.0
     rows.sort(
@@ -136,10 +137,10 @@ def best_config(config: SweepConfig, manifest: DatasetManifest, row: Mapping[str
 
 
 def _row(
-    config: SweepConfig, outcome: Outcome, objectives: Mapping[str, str], cost_per_second: float
+    config: SweepConfig, outcome: Outcome, objectives: Mapping[str, str], main_metric: str, cost_per_second: float
 ) -> dict[str, Any]:
     metrics, metric = outcome.metrics, next(iter(objectives))
-    name = metric.removeprefix("validation/")
+    names = dict.fromkeys((metric.removeprefix("validation/"), main_metric))
     steps, settings = int(metrics.get("step", 0)), drawn_settings(outcome.parameters)
     total = config.finetune.train.steps * config.sweep.repeats
     stopped = outcome.error is None and not outcome.is_running and steps < total
@@ -148,8 +149,7 @@ def _row(
         "encoder": outcome.parameters.get(ENCODER, next(iter(config.compared))),
         "setting": outcome.parameters.get(SETTING),
         "config": settings,
-        _column(metric): metrics.get(metric),
-        f"test_{name}": metrics.get(f"test/{name}"),
+        **{f"{part}_{name}": metrics.get(f"{part}/{name}") for name in names for part in ("validation", "test")},
         "steps": steps,
         "seconds": outcome.seconds,
         "cost": outcome.seconds * cost_per_second,

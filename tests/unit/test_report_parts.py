@@ -178,6 +178,21 @@ def test_a_metric_that_is_minimised_puts_its_best_trial_on_top() -> None:
     assert board.trials[0].history == [(1.0, 9.0)]
 
 
+def test_the_overview_shows_accuracies_of_a_sweep_that_compares_by_loss(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    best = swept_trials(1)[0] | {
+        "validation_loss": 0.4,
+        "test_loss": 0.5,
+        "validation_accuracy": 0.8,
+        "test_accuracy": 0.7,
+    }
+    board = {"metric": "validation/loss", "objectives": {"validation/loss": "min"}, "trials": [best], "best": best}
+    (run / "iteration-2" / "sweep" / "leaderboard.json").write_json({**board, "test_clips": 80})
+    row = read_run(run).leaderboard()[-1]
+    assert (row.validation_accuracy, row.test_accuracy) == (0.8, 0.7)
+    assert row.test_standard_error == pytest.approx(math.sqrt(0.7 * 0.3 / 80))
+
+
 def test_a_sweep_under_way_is_read_from_what_its_trials_have_written(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     for name, last in (("aa", 0.3), ("bb", 0.6)):
