@@ -197,7 +197,8 @@ def test_a_sweep_under_way_is_read_from_what_its_trials_have_written(tmp_path: P
     sweep = tmp_path / "sweep"
     for name, last in (("aa", 0.3), ("bb", 0.6)):
         (sweep / "tune" / "trials" / name).mkdir(parents=True)
-        record = {"step": 10, "validation/accuracy": last, "config": {"train.learning_rate": 0.1}, "done": name == "aa"}
+        record = {"step": 10, "validation/accuracy": last, "done": name == "aa",
+                  "config": {"train.learning_rate": 0.1, "encoder": "encoder", "setting": 3}}  # fmt: skip
         (sweep / "tune" / "trials" / name / "result.json").write_text(json.dumps(record) + '\n{"step": 20, "valid')
     (sweep / "trials" / "bb").mkdir(parents=True)
     (sweep / "trials" / "bb" / "progress.json").write_text('{"step": 15, "validation/accuracy": 0.7}')
