@@ -193,6 +193,24 @@ def test_the_overview_shows_accuracies_of_a_sweep_that_compares_by_loss(tmp_path
     assert row.test_standard_error == pytest.approx(math.sqrt(0.7 * 0.3 / 80))
 
 
+def test_each_task_s_classifier_is_shown_by_its_name_swept_or_fine_tuned(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    best = swept_trials(1)[0]
+    for index in (1, 2):
+        place = run / f"iteration-{index}"
+        board = {"trials": [best], "best": best, "reproduce": {"command": f"beats-ray finetune again-{index}"}}
+        put_stage(place / "sweep-birds", "complete", leaderboard=board)
+        put_stage(place / "finetune-engines", "complete", training_metrics(4, 1.0, 0.5))
+    put_stage(run / "iteration-2" / "sweep-doors", "running", leaderboard={"trials": [best], "best": best})
+    shown = {code.title: code.text for code in sections_of(tmp_path / "run")["Use the models"].code}
+    for name, stage in (("birds", "sweep-birds"), ("engines", "finetune-engines")):
+        for title in (f"The classifier of {name}, in Python", f"The classifier of {name}, on the command line"):
+            assert f"iteration-2/{stage}/model" in shown[title]
+    assert shown["The best trial of birds again"] == "beats-ray finetune again-2"
+    assert "iteration-2/sweep/model" in shown["The classifier, in Python"]
+    assert not any("doors" in title for title in shown)
+
+
 def test_a_sweep_under_way_is_read_from_what_its_trials_have_written(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     for name, last in (("aa", 0.3), ("bb", 0.6)):
