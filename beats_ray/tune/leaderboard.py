@@ -37,7 +37,7 @@ from beats_ray.config import FinetuneConfig, SweepConfig
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.train.held_out import clips_in, find_parts
-from beats_ray.tune.comparison import compare_encoders
+from beats_ray.tune.comparison import compare_encoders, is_finished
 from beats_ray.tune.failure import failure_of
 from beats_ray.tune.trial import (
     ENCODER,
@@ -112,11 +112,6 @@ def leaderboard(
         "budget": dict(budget),
         "reproduce": _reproduce(config) if best and config.sweep.scheduler != "pbt" else None,
     }
-
-
-def is_finished(row: Mapping[str, Any]) -> bool:
-    """Whether the trial ran to its end."""
-    return row["status"] == "complete" and not row["stopped_early"]
 
 
 def write_board(config: SweepConfig, manifest: DatasetManifest, board: dict[str, Any]) -> None:
