@@ -18,8 +18,8 @@ from beats_ray.config import (
     PositiveInt,
     Section,
 )
+from beats_ray.settings import NonNegativeFloat
 
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Price = NonNegativeFloat | None
 
 

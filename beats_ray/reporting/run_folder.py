@@ -185,7 +185,7 @@ class Run:
     def _iteration_row(self, index: int, stages: dict[str, Stage], untrained: dict[str, Any]) -> LeaderboardRow:
         probe, board = stages["probe"].result, stages["sweep"].result
         best = as_dict(board.get("best"))
-        metric = str(board.get("metric", "validation/accuracy")).removeprefix("validation/")
+        metric = "mean_average_precision" if "validation_mean_average_precision" in best else "accuracy"
         gain, gain_error = paired_gain(probe, untrained) if index else (None, None)
         test = number(best.get(f"test_{metric}"))
         started = [stage for stage in stages.values() if stage.status != "not started"]

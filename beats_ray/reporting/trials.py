@@ -1,7 +1,7 @@
 """The trials of a sweep: `leaderboard.json`, or, where there is none yet, what the trials have written so far.
 
 SWEEP/leaderboard.json              see `beats_ray.tune`
-SWEEP/tune/trials/ID/result.json    every report of a trial with its settings, synchronised every few minutes
+SWEEP/tune/trials/ID/result.json    every report of a trial with its settings, of a few seconds ago
 SWEEP/trials/ID/progress.json       a trial's newest report, at once
 """
 
@@ -14,6 +14,8 @@ from beats_ray.reporting.reading import as_dict, dicts_of, json_lines, number, r
 
 METRICS = ("validation/accuracy", "validation/mean_average_precision")
 """What sweeps compare trials by; the first that a trial reports."""
+BESIDE_SETTINGS = ("encoder", "setting")
+"""What Tune's config of a trial has beside the drawn settings (`beats_ray.tune.trial`, which needs Ray)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _trial(name: str, records: list[dict[str, Any]], metric: str) -> dict[str, A
     tested = [value for record in records if (value := number(record.get(test))) is not None]
     return {
         "trial_id": name,
-        "config": settings,
+        **{key: settings.get(key) for key in BESIDE_SETTINGS},
+        "config": {key: value for key, value in settings.items() if key not in BESIDE_SETTINGS},
         metric.replace("/", "_"): values[-1] if values else None,
         test.replace("/", "_"): tested[-1] if tested else None,
         "steps": number(records[-1].get("step")) or 0,

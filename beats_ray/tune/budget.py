@@ -36,7 +36,10 @@ class Budget(Stopper):
         self._written = self._started
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._trial_seconds[trial_id] = float(result.get("time_total_s", 0.0))
+        if result.get("done"):  # Tune shows the last report again when a trial has ended
+            return False
+        # The sum of what each report took: `time_total_s` begins anew with a trial that goes on after an interruption.
+        self._trial_seconds[trial_id] = self.seconds_of(trial_id) + float(result.get("time_this_iter_s", 0.0))
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
         return False
@@ -48,6 +51,10 @@ class Budget(Stopper):
     def seconds(self) -> float:
         """That the command has run, over all its starts."""
         return self._seconds_before + time.monotonic() - self._started
+
+    def seconds_of(self, trial_id: str) -> float:
+        """That a trial has run, up to its last report, over all starts of the sweep."""
+        return self._trial_seconds.get(trial_id, 0.0)
 
     @property
     def cost_per_second(self) -> float:

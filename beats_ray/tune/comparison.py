@@ -19,6 +19,11 @@ Judged = Mapping[str, Mapping[str, bool]]
 Row = Mapping[str, Any]
 
 
+def is_finished(row: Row) -> bool:
+    """Whether the trial of a leaderboard's row ran to its end."""
+    return row.get("status") == "complete" and not row["stopped_early"]
+
+
 def compare_encoders(
     rows: Sequence[Row], encoders: Sequence[str], metric: str, judged: Mapping[str, Sequence[Judged]]
 ) -> list[dict[str, Any]]:
@@ -26,7 +31,7 @@ def compare_encoders(
 
     rows: of the leaderboard, the best first. judged: by trial id, what each of its runs wrote; may lack any.
     """
-    finished = [row for row in rows if row["status"] == "complete" and not row["stopped_early"]]
+    finished = [row for row in rows if is_finished(row)]
     by_encoder = {name: {row["setting"]: row for row in finished if row["encoder"] == name} for name in encoders}
     found = []
     reference = by_encoder[encoders[0]]

@@ -6,7 +6,8 @@ status                running, interrupted, complete
 trials                one row for each trial, the best first:
   trial_id, encoder, setting     its folder below trials/, its encoder's name, the number of its drawn setting
   config                         the drawn settings, by their dotted names
-  validation_NAME, test_NAME     the metric; over repeats, the mean of those that are done
+  validation_NAME, test_NAME     the metric; over repeats, the mean of those that are done. Beside another metric that
+                                 of the data set, accuracy or mean_average_precision, too: what results are told in
   objectives                     {metric: value}, where there are several
   repeats                        the metric of each run that is done, where there are several
   steps, seconds, cost           optimizer steps over all runs, seconds, price (0 without prices)
@@ -36,7 +37,7 @@ from beats_ray.config import FinetuneConfig, SweepConfig
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.train.held_out import clips_in, find_parts
-from beats_ray.tune.comparison import compare_encoders
+from beats_ray.tune.comparison import compare_encoders, is_finished
 from beats_ray.tune.failure import failure_of
 from beats_ray.tune.trial import (
     ENCODER,
@@ -67,6 +68,8 @@ class Outcome:
     is_running: bool = False
     stopped_by: str = "scheduler"
     """Who stopped it, if anybody did."""
+    seconds: float = 0.0
+    """That it has run, over all starts of the sweep."""
 
 
 def objectives_of(config: SweepConfig, manifest: DatasetManifest) -> dict[str, str]:
@@ -86,7 +89,7 @@ def leaderboard(
     objectives = objectives_of(config, manifest)
     metric = next(iter(objectives))
     budget = budget or {"minutes": None, "cost": None, "used_up": None}
-    rows = [_row(config, one, objectives, cost_per_second) for one in outcomes]
+    rows = [_row(config, one, objectives, manifest.main_metric, cost_per_second) for one in outcomes]
     # Trials that do equally well come in the order of their settings: their names are drawn anew in each run.
     sign = -1.0 if objectives[metric] == "max" else 1.0
     rows.sort(
@@ -111,11 +114,6 @@ def leaderboard(
     }
 
 
-def is_finished(row: Mapping[str, Any]) -> bool:
-    """Whether the trial ran to its end."""
-    return row["status"] == "complete" and not row["stopped_early"]
-
-
 def write_board(config: SweepConfig, manifest: DatasetManifest, board: dict[str, Any]) -> None:
     """Writes the board and, where there is a best trial, the config that repeats it."""
     output = open_place(config.output)
@@ -134,24 +132,22 @@ def best_config(config: SweepConfig, manifest: DatasetManifest, row: Mapping[str
 
 
 def _row(
-    config: SweepConfig, outcome: Outcome, objectives: Mapping[str, str], cost_per_second: float
+    config: SweepConfig, outcome: Outcome, objectives: Mapping[str, str], main_metric: str, cost_per_second: float
 ) -> dict[str, Any]:
     metrics, metric = outcome.metrics, next(iter(objectives))
-    name = metric.removeprefix("validation/")
+    names = dict.fromkeys((metric.removeprefix("validation/"), main_metric))
     steps, settings = int(metrics.get("step", 0)), drawn_settings(outcome.parameters)
-    total = int(settings.get("train.steps", config.finetune.train.steps)) * config.sweep.repeats
+    total = config.finetune.train.steps * config.sweep.repeats
     stopped = outcome.error is None and not outcome.is_running and steps < total
-    seconds = float(metrics.get("time_total_s", 0.0))
     row: dict[str, Any] = {
         "trial_id": outcome.trial_id,
         "encoder": outcome.parameters.get(ENCODER, next(iter(config.compared))),
         "setting": outcome.parameters.get(SETTING),
         "config": settings,
-        _column(metric): metrics.get(metric),
-        f"test_{name}": metrics.get(f"test/{name}"),
+        **{f"{part}_{name}": metrics.get(f"{part}/{name}") for name in names for part in ("validation", "test")},
         "steps": steps,
-        "seconds": seconds,
-        "cost": seconds * cost_per_second,
+        "seconds": outcome.seconds,
+        "cost": outcome.seconds * cost_per_second,
         "stopped_early": stopped,
         "stopped_by": outcome.stopped_by if stopped else None,
         "status": "running" if outcome.is_running else "failed" if outcome.error is not None else "complete",

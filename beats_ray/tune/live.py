@@ -34,6 +34,7 @@ class LiveBoard(Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
         del iteration
+        self._trials = trials  # an interruption may come before the first report
         if self._ended is None:
             self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
 
@@ -90,6 +91,7 @@ class LiveBoard(Callback):
             error=_error_of(trial) if trial.status == "ERROR" else None,
             is_running=not has_ended and status == "running",
             stopped_by=stopped_by if has_ended else "interruption",
+            seconds=self._budget.seconds_of(trial.trial_id),
         )
 
     def _history_of(self, trial_id: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from beats_ray.tune.settings import DISCRETE, is_among
 
 SAME_FOR_ALL = {
     "validate_every_steps": "it is the unit in which trials are compared",
+    "train.steps": "trials are stopped, counted and compared by how far they are from the same end",
     "train.num_workers": "room for trials is counted before they are drawn",
     "train.cpus_per_worker": "room for trials is counted before they are drawn",
     "train.use_gpu": "room for trials is counted before they are drawn",

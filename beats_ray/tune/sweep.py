@@ -221,7 +221,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
         search_alg=search,
         scheduler=scheduler,
         stop=budget,
-        callbacks=[board, *sweep_callbacks(run_name(config.output), metric, total, mode)],
+        callbacks=[board, *sweep_callbacks(run_name(output.uri), metric, total, mode)],
         max_concurrent_trials=None if sweep.scheduler == "pbt" else most,
         storage_path=folder.path,
         storage_filesystem=folder.keyless_filesystem,

@@ -9,6 +9,7 @@ from typing import Any
 
 from beats_ray.config import ConfigError, SweepSettings
 from beats_ray.data.storage import open_place
+from beats_ray.tune.comparison import is_finished
 from beats_ray.tune.space import contains
 
 Known = tuple[tuple[dict[str, Any], float], ...]
@@ -27,7 +28,7 @@ def read_known(sweep: SweepSettings, metric: str) -> Known:
             "of the same metric"
         )
     column = metric.replace("/", "_")
-    rows = [row for row in board.get("trials", []) if row.get("status") == "complete" and not row["stopped_early"]]
+    rows = [row for row in board.get("trials", []) if is_finished(row)]
     rows = [row for row in rows if isinstance(row.get(column), int | float) and math.isfinite(row[column])]
     if not rows:
         raise ConfigError(f"{field}: has no trial that ran to its end; leave it out")

@@ -69,17 +69,17 @@ def grid(*values: Any, **when: Any) -> dict[str, Any]:
 def test_a_bad_trial_is_stopped_a_crash_ends_nothing_and_the_best_can_be_had_again(work: Path) -> None:
     space = {
         "train.learning_rate": grid(GOOD, 10.0),
-        "train.steps": grid(32, 16, when={"train.learning_rate": [GOOD]}),
-        "train.warmup_steps": grid(1, 20, when={"train.steps": [16]}),  # 20 of 16 steps: the settings are refused
+        "freeze_encoder_steps": grid(0, 1, when={"train.learning_rate": [GOOD]}),
+        "freeze_encoder": grid(False, True, when={"freeze_encoder_steps": [1]}),  # for good too: refused beside it
     }
     settings = {"search": "grid", "max_concurrent_trials": 1, "space": space}
     board = sweep(work, "planted", sweep=settings)
     rows = {tuple(row["config"].values()): row for row in board["trials"]}
     assert len(rows) == 4
-    crash, bad = rows[GOOD, 16, 20], rows[(10.0,)]
+    crash, bad = rows[GOOD, 1, True], rows[(10.0,)]
     assert crash["status"] == "failed"
     assert crash["failure"]["kind"] == "settings"
-    assert "warmup_steps=20 is more than steps=16" in crash["failure"]["reason"]
+    assert "freeze_encoder=true freezes it for good, freeze_encoder_steps=1" in crash["failure"]["reason"]
     assert (bad["stopped_early"], bad["stopped_by"]) == (True, "scheduler")
     assert bad["steps"] < 32
     assert board["best"]["config"]["train.learning_rate"] == GOOD

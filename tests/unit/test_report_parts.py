@@ -178,11 +178,45 @@ def test_a_metric_that_is_minimised_puts_its_best_trial_on_top() -> None:
     assert board.trials[0].history == [(1.0, 9.0)]
 
 
+def test_the_overview_shows_accuracies_of_a_sweep_that_compares_by_loss(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    best = swept_trials(1)[0] | {
+        "validation_loss": 0.4,
+        "test_loss": 0.5,
+        "validation_accuracy": 0.8,
+        "test_accuracy": 0.7,
+    }
+    board = {"metric": "validation/loss", "objectives": {"validation/loss": "min"}, "trials": [best], "best": best}
+    (run / "iteration-2" / "sweep" / "leaderboard.json").write_json({**board, "test_clips": 80})
+    row = read_run(run).leaderboard()[-1]
+    assert (row.validation_accuracy, row.test_accuracy) == (0.8, 0.7)
+    assert row.test_standard_error == pytest.approx(math.sqrt(0.7 * 0.3 / 80))
+
+
+def test_each_task_s_classifier_is_shown_by_its_name_swept_or_fine_tuned(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    best = swept_trials(1)[0]
+    for index in (1, 2):
+        place = run / f"iteration-{index}"
+        board = {"trials": [best], "best": best, "reproduce": {"command": f"beats-ray finetune again-{index}"}}
+        put_stage(place / "sweep-birds", "complete", leaderboard=board)
+        put_stage(place / "finetune-engines", "complete", training_metrics(4, 1.0, 0.5))
+    put_stage(run / "iteration-2" / "sweep-doors", "running", leaderboard={"trials": [best], "best": best})
+    shown = {code.title: code.text for code in sections_of(tmp_path / "run")["Use the models"].code}
+    for name, stage in (("birds", "sweep-birds"), ("engines", "finetune-engines")):
+        for title in (f"The classifier of {name}, in Python", f"The classifier of {name}, on the command line"):
+            assert f"iteration-2/{stage}/model" in shown[title]
+    assert shown["The best trial of birds again"] == "beats-ray finetune again-2"
+    assert "iteration-2/sweep/model" in shown["The classifier, in Python"]
+    assert not any("doors" in title for title in shown)
+
+
 def test_a_sweep_under_way_is_read_from_what_its_trials_have_written(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     for name, last in (("aa", 0.3), ("bb", 0.6)):
         (sweep / "tune" / "trials" / name).mkdir(parents=True)
-        record = {"step": 10, "validation/accuracy": last, "config": {"train.learning_rate": 0.1}, "done": name == "aa"}
+        record = {"step": 10, "validation/accuracy": last, "done": name == "aa",
+                  "config": {"train.learning_rate": 0.1, "encoder": "encoder", "setting": 3}}  # fmt: skip
         (sweep / "tune" / "trials" / name / "result.json").write_text(json.dumps(record) + '\n{"step": 20, "valid')
     (sweep / "trials" / "bb").mkdir(parents=True)
     (sweep / "trials" / "bb" / "progress.json").write_text('{"step": 15, "validation/accuracy": 0.7}')

@@ -13,7 +13,10 @@ from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import open_place
 from beats_ray.identity import content_keys, run_identity
 from beats_ray.models import BeatsEncoder, encoder_config, save_model
-from beats_ray.tune.sweep import check_inputs, check_search
+from beats_ray.telemetry import run_name
+from beats_ray.tune.placement import TrialNeeds
+from beats_ray.tune.sweep import _tune, check_inputs, check_search
+from beats_ray.tune.trial import Trials
 
 pytestmark = pytest.mark.unit
 
@@ -105,3 +108,19 @@ def test_resume_asks_for_a_sweep_that_has_begun(work: Path, capsys: pytest.Captu
     given = ["sweep", "--resume", f"output={work / 'nothing'}", f"data.path={work / 'data'}", f"encoder={work / 'one'}"]
     assert cli.main(given) == 2
     assert "--resume: output=" in capsys.readouterr().err
+
+
+def test_a_sweep_s_gauges_have_the_name_of_its_trials_runs(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TUNE_DISABLE_SIGINT_HANDLER", "TUNE_GLOBAL_CHECKPOINT_S"):
+        monkeypatch.setenv(name, "0")
+    named: list[str] = []
+    monkeypatch.setattr("ray.tune.run", lambda *_, **__: None)
+    monkeypatch.setattr("beats_ray.tune.gauges.sweep_callbacks", lambda run, *_: named.append(run) or [])
+    config = config_of(work, "output=sweep")
+    needs = TrialNeeds(uses_ray_train=False, worker={"CPU": 1.0}, num_workers=1, reading_cpus=0.0)
+    _tune(Trials(config, manifest_of(work), None, needs), open_place(config.output), None, None, 1)
+    assert named == [run_name(open_place("sweep").uri)]
+    assert named != ["sweep"]

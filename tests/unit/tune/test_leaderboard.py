@@ -32,9 +32,9 @@ def config_of(folder: Path, *overrides: str, **fields: Any) -> SweepConfig:
 
 def trial(name: str, learning_rate: float, accuracy: float, steps: int = STEPS, **more: Any) -> Outcome:
     encoder, setting = more.pop("encoder", "encoder"), more.pop("setting", 0)
-    metrics = {"validation/accuracy": accuracy, "test/accuracy": accuracy, "step": steps, "time_total_s": 7200.0}
+    metrics = {"validation/accuracy": accuracy, "test/accuracy": accuracy, "step": steps}
     parameters = {"train.learning_rate": learning_rate, "encoder": encoder, "setting": setting}
-    return Outcome(name, parameters, metrics | more.pop("metrics", {}), **more)
+    return Outcome(name, parameters, metrics | more.pop("metrics", {}), **{"seconds": 7200.0, **more})
 
 
 @pytest.mark.parametrize("names", ["abc", "cba"])
@@ -84,6 +84,7 @@ def test_a_metric_that_is_to_be_small_puts_the_smallest_first(tmp_path: Path, ma
     assert [row["trial_id"] for row in board["trials"]] == ["b", "a", "c"]
     assert board["best"]["validation_loss"] == 0.2
     assert sorted(board["pareto"]) == ["b", "c"]  # a is beaten by b in both
+    assert (board["best"]["validation_accuracy"], board["best"]["test_accuracy"]) == (0.9, 0.9)  # what results are in
 
 
 def test_the_best_trial_can_be_fine_tuned_again_from_a_file(tmp_path: Path, manifest: DatasetManifest) -> None:

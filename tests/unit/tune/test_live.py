@@ -37,7 +37,7 @@ def board(tmp_path: Path) -> LiveBoard:
 
 
 def report(board: LiveBoard, trials: list[Trial], trial: Trial, steps: int, accuracy: float) -> None:
-    trial.last_result = {"step": steps, "validation/accuracy": accuracy, "train/loss": 1.0, "time_total_s": 1.0}
+    trial.last_result = {"step": steps, "validation/accuracy": accuracy, "train/loss": 1.0}
     board.on_trial_result(0, trials, trial, trial.last_result)
 
 
@@ -80,3 +80,30 @@ def test_what_was_reported_before_an_interruption_is_read_again(board: LiveBoard
     trial = Trial("a")
     report(board, [trial], trial, 30, 0.5)
     assert [record["step"] for record in board.write("running")["trials"][0]["history"]] == [10, 20, 30]
+
+
+def test_an_interruption_before_the_first_report_finds_the_trials_and_keeps_their_rows(board: LiveBoard) -> None:
+    ended = Trial("ended", "TERMINATED", last_result={"step": 100, "validation/accuracy": 0.1})
+    trials = [ended, Trial("running")]
+    board.on_step_begin(1, trials)
+    assert board.running == ["running"]  # which are asked for a checkpoint
+    assert {row["trial_id"] for row in board.write("interrupted")["trials"]} == {"ended", "running"}
+
+
+def test_a_trial_s_time_and_cost_are_those_of_all_starts(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "data", ("x", "y"))
+    given = [f"output={tmp_path / 'sweep'}", f"data.path={tmp_path / 'data'}", "sweep.price_per_cpu_hour=2"]
+    config, trial = load_config(SweepConfig, None, given), Trial("a")
+    for _ in range(2):
+        budget = Budget(config.sweep, ONE_CPU, open_place(config.output))
+        board = LiveBoard(config, manifest, budget)
+        trial.last_result = {
+            "step": 10,
+            "time_this_iter_s": 1800.0,
+            "time_total_s": 1800.0,
+        }  # Tune's total is the start's
+        budget("a", trial.last_result)
+        board.on_trial_result(0, [trial], trial, trial.last_result)
+        budget.write()
+    row = board.write("running")["trials"][0]
+    assert (row["seconds"], row["cost"]) == (3600.0, pytest.approx(2.0))

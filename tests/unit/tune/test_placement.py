@@ -81,12 +81,15 @@ def test_a_budget_for_less_than_one_trial_is_refused_and_one_that_may_do_is_not(
 def test_what_was_taken_before_an_interruption_counts(tmp_path: Path) -> None:
     sweep, output = SweepSettings(max_cost=3, price_per_cpu_hour=1), open_place(str(tmp_path))
     first = Budget(sweep, ONE_CPU, output)
-    first("a", {"time_total_s": 3600})
-    first("a", {"time_total_s": 7200})  # the same trial, an hour later
+    first("a", {"time_this_iter_s": 3600, "time_total_s": 3600})
+    first("a", {"time_this_iter_s": 3600, "time_total_s": 7200})
+    first("a", {"time_this_iter_s": 3600, "time_total_s": 7200, "done": True})  # the last one again, as Tune shows it
     assert (first.cost, first.used_up) == (pytest.approx(2), None)
     first.write()
     second = Budget(sweep, ONE_CPU, output)
-    second("b", {"time_total_s": 3600})
+    second("a", {"time_this_iter_s": 1800, "time_total_s": 1800})  # which goes on, and Tune counts from 0
+    assert second.seconds_of("a") == 9000
+    second("b", {"time_this_iter_s": 1800, "time_total_s": 1800})
     assert second.cost == pytest.approx(3)
     assert second.used_up == "sweep.max_cost"
     assert second.stop_all()

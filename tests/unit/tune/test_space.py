@@ -130,6 +130,7 @@ def test_a_mistake_in_the_sweep_alone_is_named(space: dict[str, Any], settings: 
         ({"dropout": {"distribution": "uniform", "low": 0, "high": 2}}, {}, "sweep.space.dropout: may be 2"),
         ({"train.average_every_steps": {"distribution": "uniform", "low": 2, "high": 9}}, {}, "distribution=integer"),
         ({"folds.test_fold": {"distribution": "choice", "values": [1, 2]}}, {}, "judged by different clips"),
+        ({"train.steps": {"distribution": "choice", "values": [3000, 6000]}}, {}, "far they are from the same end"),
         ({"train.num_workers": {"distribution": "choice", "values": [1, 2]}}, {}, "room for trials is counted"),
         ({"train.seed": {"distribution": "choice", "values": [1, 2]}}, {"repeats": 3}, "what sweep.repeats differ in"),
         ({"pooling": {"distribution": "choice", "values": ["mean"]}}, {"scheduler": "pbt", "search": "random"},
