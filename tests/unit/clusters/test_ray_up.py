@@ -73,6 +73,21 @@ COMMON: list[tuple[str, Callable[[Config], Any], str]] = [
         "starts Ray without tokens",
     ),
     (
+        "Ray's own start commands",
+        lambda c: [drop(c, f"{kind}_start_ray_commands") for kind in ("head", "worker")],
+        "head_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
+        "Ray's own start command of workers",
+        lambda c: drop(c, "worker_start_ray_commands"),
+        "worker_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
+        "no start of Ray",
+        lambda c: c.update(head_start_ray_commands=["ray stop"]),
+        "head_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
         "open dashboard",
         lambda c: c.update(
             head_start_ray_commands=["export RAY_AUTH_MODE=token; ray start --head --dashboard-host=0.0.0.0"]
