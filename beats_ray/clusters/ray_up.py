@@ -143,7 +143,8 @@ def _secret_mistakes(config: dict[str, Any]) -> Iterator[str]:
     if "gcp_credentials" in config["provider"]:
         yield "provider.gcp_credentials: a credential in a file; use the service accounts of the nodes"
     for field, text in _strings(config):
-        if SECRET.search(text):
+        key = field.rpartition(".")[2]  # of `redis_password: abc` the value alone tells nothing
+        if SECRET.search(f"{key}: {text}"):
             yield f"{field}: holds what looks like a key or password; use the nodes' own role, and remove it here"
 
 

@@ -120,6 +120,11 @@ COMMON: list[tuple[str, Callable[[Config], Any], str]] = [
         lambda c: c.update(setup_commands=["export AWS_ACCESS_KEY_ID=AKIA" + "A" * 16]),
         "setup_commands.0: holds what looks like a key",
     ),
+    (
+        "password by its key",
+        lambda c: c["provider"].update(redis_password="abc"),
+        "provider.redis_password: holds what looks like a key or password",
+    ),
 ]
 AWS: list[tuple[str, Callable[[Config], Any], str]] = [
     (
