@@ -145,7 +145,7 @@ def run_demo(data: str | None, budget_minutes: float, output: str, overrides: li
 
         console.stage("start Ray and the object store")
         with ray_cluster(config.ray):
-            check_plan(config)
+            check_plan(config, is_labelled=True)
             (open_place(str(folder)) / MARK).write_json(mark)
             written = _prepare_and_iterate(config, raw, console)
             _show_leaderboard(config, console)

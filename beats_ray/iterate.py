@@ -43,7 +43,7 @@ def run_iterate(config: IterateConfig, console: Console) -> Written:
     found = inspect(config)
     for mistake in found.mistakes:
         raise mistake
-    check_plan(config)
+    check_plan(config, is_labelled=bool(found.stages[0].manifest.label_names))
     run = open_place(config.output)
     record_run(run, config)
     for stage in found.stages:
@@ -57,8 +57,11 @@ def run_iterate(config: IterateConfig, console: Console) -> Written:
     return [("encoder", (run / f"iteration-{config.iterations}" / "pretrain" / "model").uri), *write_report(run.uri)]
 
 
-def check_plan(config: IterateConfig) -> None:
-    """ConfigError where a stage asks for more than the cluster has, or a sweep's settings could not run."""
+def check_plan(config: IterateConfig, is_labelled: bool) -> None:
+    """ConfigError where a stage asks for more than the cluster has, or a sweep's settings could not run.
+
+    is_labelled: whether the data set has labels; without them, and without tasks, nothing is swept.
+    """
     from beats_ray.inference import check_actors
     from beats_ray.launch import check_fits
     from beats_ray.tune.sweep import check_sweep
@@ -67,7 +70,7 @@ def check_plan(config: IterateConfig) -> None:
     check_fits(config.pretrain.train, config.data)
     if config.iterations > 1 or config.start.encoder:
         check_fits(config.distill.train, config.data)
-    if not config.tasks:
+    if is_labelled and not config.tasks:
         check_sweep(config.finetune, config.sweep)
     for task in config.tasks.values():
         if task.protocol == "sweep":

@@ -193,7 +193,8 @@ class _Graph:
             description = {"kind": TOKENIZER_KINDS[0], "config": {"tokenizer": chosen.model_dump()}}
             settings = self._config.random_projection.model_dump(mode="json")
             return self._add(1, "tokenizer", "random-projection tokenizer", settings=settings, published=description)
-        what = "fine-tuned model" if teacher.name == "sweep" else "pre-trained encoder"
+        is_tuned = teacher.published is not None and teacher.published["kind"] == "classifier"
+        what = "fine-tuned model" if is_tuned else "pre-trained encoder"
         title = f"tokenizer, distilled from iteration {iteration - 1}'s {what}"
         return self._distilled(iteration, title, teacher.model, teacher, teacher.published)
 

@@ -7,7 +7,7 @@ try continues the last one, and at most one runs at a time. Address and token co
 `RAY_API_SERVER_ADDRESS`), `RAY_AUTH_MODE` and `~/.ray/auth_token`. Ctrl-C ends the following, not the job.
 
 Exit status: that of the job (0 done, 1 failed, 2 a mistake in its settings); 143 where it was stopped; 3 where no
-cluster answers or takes the token.
+cluster answers or takes the token, or where the connection to the job breaks again and again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import asyncio
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 ROOT = Path(__file__).parents[1]
 STOPPED = 143
 NO_CLUSTER = 3
+CONNECTIONS, PAUSE_SECONDS = 5, 5.0
+"""To follow a job over: how many at most, and how long to wait before the next one."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,14 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         client = JobSubmissionClient(options.address)
-        job = attach(client, options.name) or submit(client, options.name, options.command)
+        job = attach(client, options.name) or submit_or_attach(client, options.name, options.command)
     except (ConnectionError, RuntimeError, RayError) as error:
-        print(f"submit: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return NO_CLUSTER
+        return _no_cluster(error)
     if options.no_wait:
         return 0
     try:
         return follow(client, job)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        return _no_cluster(error)
     except KeyboardInterrupt:
         print(f"\n{job} goes on; the same line follows it again, `ray job stop {job}` ends it", file=sys.stderr)
         return 130
@@ -69,6 +73,17 @@ def submit(client: JobSubmissionClient, name: str, command: list[str]) -> str:
     return job
 
 
+def submit_or_attach(client: JobSubmissionClient, name: str, command: list[str]) -> str:
+    """Starts the next try, or follows the one that somebody else has started under its number at the same moment."""
+    try:
+        return submit(client, name, command)
+    except RuntimeError as error:
+        job = attach(client, name) if "already exists" in str(error) else None
+        if job is None:
+            raise
+        return job
+
+
 def tries(client: JobSubmissionClient, name: str) -> list[JobDetails]:
     """What was submitted under the name by this script, in any order."""
     jobs = [job for job in client.list_jobs() if job.type == JobType.SUBMISSION]
@@ -77,18 +92,39 @@ def tries(client: JobSubmissionClient, name: str) -> list[JobDetails]:
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints the job's output until it ends; its exit status."""
+    """Prints the job's output until it ends; its exit status.
+
+    A connection that closes before is opened again, which prints the output from its start. RuntimeError where
+    CONNECTIONS of them have closed.
+    """
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
             print(lines, end="", flush=True)
 
-    asyncio.run(tail())
-    info: Any = client.get_job_info(job)
+    for attempt in range(CONNECTIONS):
+        if attempt:
+            time.sleep(PAUSE_SECONDS)
+        reason = "it was closed"
+        try:
+            asyncio.run(tail())
+            info: Any = client.get_job_info(job)
+        except (ConnectionError, RuntimeError, RayError) as error:
+            reason = " ".join(str(error).split())
+            continue
+        if info.status.is_terminal():
+            break
+    else:
+        raise RuntimeError(f"the connection to {job} broke {CONNECTIONS} times ({reason}); the same line follows it")
     print(f"{job}: {info.status.lower()}", flush=True)
     if info.status == JobStatus.STOPPED:
         return STOPPED
     return info.driver_exit_code if info.driver_exit_code is not None else int(info.status != JobStatus.SUCCEEDED)
+
+
+def _no_cluster(error: Exception) -> int:
+    print(f"submit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return NO_CLUSTER
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

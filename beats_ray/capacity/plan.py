@@ -148,7 +148,7 @@ def work_of(row: Row, config: PlanConfig) -> Work | None:
         clips=row.clips,
         clip_seconds=data.clip_seconds,
         flops=row.flops,
-        workers=train.max_workers * parallel,
+        workers=math.ceil(round(_workers_of_a_run(job, training) * parallel, 6)),
         cpus_per_worker=train.cpus_per_worker,
         clips_per_block=clips_of_a_block(train.max_workers, train.micro_batch_size, data.clip_seconds),
         cached_seconds=_seconds_read(data, manifest) if shares_clips else None,
@@ -160,16 +160,25 @@ def work_of(row: Row, config: PlanConfig) -> Work | None:
 
 def _parallel_runs(job: Job | None, training: Training, cluster: ClusterSettings) -> int:
     """Trials of a sweep, or folds and seeds, at one time."""
+    runs = training.runs
     if isinstance(job, SweepConfig):
+        runs = job.sweep.num_trials  # the repeats of a trial run one after the other
         most = job.sweep.max_concurrent_trials
     elif isinstance(job, CrossValidateConfig):
         most = job.cross_validation.max_concurrent_runs
     else:
         return 1
-    room = training.runs
+    room = runs
     if cluster.max_worker_nodes is not None:
-        room = cluster.max_worker_nodes * cluster.workers_per_node // training.config.train.max_workers
-    return max(1, min(training.runs, room, most or training.runs))
+        share = _workers_of_a_run(job, training)
+        room = math.floor(round(cluster.max_worker_nodes * cluster.workers_per_node / share, 6))
+    return max(1, min(runs, room, most or runs))
+
+
+def _workers_of_a_run(job: Job | None, training: Training) -> float:
+    """Whole workers that a run comes to: trials may share a GPU."""
+    share = job.sweep.gpus_per_worker if isinstance(job, SweepConfig) else 1.0
+    return training.config.train.max_workers * share
 
 
 def _seconds_read(data: StreamSettings, manifest: DatasetManifest) -> float:

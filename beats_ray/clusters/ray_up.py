@@ -76,9 +76,13 @@ def _access_mistakes(config: dict[str, Any]) -> Iterator[str]:
     if not any(str(target).endswith("/.ray/auth_token") for target in config.get("file_mounts") or {}):
         yield f"file_mounts: no node gets the cluster's token; add {TOKEN_FILE}: {TOKEN_FILE}"
     for field in ("head_start_ray_commands", "worker_start_ray_commands"):
-        for command in config.get(field) or []:
-            if "ray start" not in command:
-                continue
+        commands = [command for command in config.get(field) or [] if "ray start" in command]
+        if not commands:
+            yield (
+                f"{field}: missing, or has no `ray start`; Ray's own command starts it without tokens, and on the head "
+                "with a dashboard that is open to all; write it out with `export RAY_AUTH_MODE=token;` in front"
+            )
+        for command in commands:
             if "RAY_AUTH_MODE=token" not in command:
                 yield f"{field}={command!r}: starts Ray without tokens; put `export RAY_AUTH_MODE=token;` in front"
             if re.search(r"--dashboard-host[= ]+(?!127\.0\.0\.1|localhost)", command):
@@ -139,7 +143,8 @@ def _secret_mistakes(config: dict[str, Any]) -> Iterator[str]:
     if "gcp_credentials" in config["provider"]:
         yield "provider.gcp_credentials: a credential in a file; use the service accounts of the nodes"
     for field, text in _strings(config):
-        if SECRET.search(text):
+        key = field.rpartition(".")[2]  # of `redis_password: abc` the value alone tells nothing
+        if SECRET.search(f"{key}: {text}"):
             yield f"{field}: holds what looks like a key or password; use the nodes' own role, and remove it here"
 
 

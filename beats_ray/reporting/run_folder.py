@@ -20,7 +20,7 @@ from beats_ray.reporting.trials import read_unfinished_sweep
 
 STAGES = ("tokenizer", "labels", "pretrain", "probe", "sweep")
 REFUSALS = ("quarantine", "skipped", "missing")
-_MARKS = {"sweep": "sweep", "pretrain": "masking", "tokenizer": "tokenizer"}
+_MARKS = {"sweep": "sweep", "pretrain": "masking", "tokenizer": "tokenizer", "finetune": "validate_every_steps"}
 """Settings that a stage alone has: what its own folder is told by."""
 _RESULT_FILES = {
     "labels": "labels.json",
@@ -239,7 +239,8 @@ def read_run(place: Place) -> Run:
             found[int(match[1])] = {name: _read_stage(entry / name, name, problems) for name in (*STAGES, *tasks)}
     single = "" if info or found else _kind_of_stage(place)
     if single:
-        found[1] = {name: _read_stage(place if name == single else place / name, name, problems) for name in STAGES}
+        names = dict.fromkeys((*STAGES, single))
+        found[1] = {name: _read_stage(place if name == single else place / name, name, problems) for name in names}
     judged = any((place / name).exists() for name in ("evaluation.json", "cross_validation.json"))
     if not info and not found and not judged:
         raise UserError(

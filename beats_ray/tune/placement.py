@@ -10,6 +10,7 @@ for another. What remains is a trial that holds its workers and waits for its st
 `concurrent_trials` packs whole trials, workers with their streams, onto the nodes, and no more are started than fit.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ HOLD_CPUS = 0.01
 """Of Tune's actor where Ray Train has the workers: it waits for them. Ray takes no empty reservation."""
 
 Resources = Mapping[str, float]
+UNBOUNDED_NODES = 1000
+"""Of a group for which the autoscaler has no limit."""
 ROUNDING = 1e-6  # fractions of a CPU or a GPU that add up to a whole one
 
 
@@ -121,7 +124,22 @@ def _fits(worker: Resources, node: Resources) -> bool:
 
 
 def node_resources() -> list[dict[str, Any]]:
-    """What each living node of the cluster has."""
+    """What each living node of the cluster has, then each that its autoscaler may still start."""
     import ray
+    from ray._private.state import state  # where `launch.most_resources` looks too
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    started = Counter(_size(node) for node in nodes)
+    config = state.get_cluster_config()
+    for group in config.node_group_configs if config else ():
+        resources = {name: float(amount) for name, amount in group.resources.items()}
+        most = UNBOUNDED_NODES if group.max_count == -1 else group.max_count
+        of_group = min(most, started[_size(resources)])
+        started[_size(resources)] -= of_group
+        nodes += [dict(resources) for _ in range(most - of_group)]
+    return nodes
+
+
+def _size(node: Resources) -> tuple[float, float]:
+    """What a living node's group is told by: not every autoscaler has Ray say of which it is."""
+    return node.get("CPU", 0.0), node.get("GPU", 0.0)

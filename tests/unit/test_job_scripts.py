@@ -176,6 +176,51 @@ def test_a_try_that_has_not_ended_is_followed_and_none_is_started_beside_it(
     assert "log of x-2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("breaks", [RuntimeError("Connection closed\n 1006"), None])
+@pytest.mark.parametrize(("times", "status"), [(2, 1), (99, 3)])
+def test_a_connection_that_breaks_is_opened_again_and_given_up_at_last(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    breaks: RuntimeError | None, times: int, status: int,
+) -> None:  # fmt: skip
+    class Unsteady(Server):
+        tails = 0
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.tails += 1
+            yield f"log {self.tails}\n"
+            if breaks and self.tails <= times:
+                raise breaks
+
+        def get_job_info(self, job: str) -> JobInfo:
+            return JobInfo(Status.RUNNING, "e") if self.tails <= times else super().get_job_info(job)
+
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server = Unsteady(("x-1", "x", Status.RUNNING), exit_code=1)
+    monkeypatch.setattr(script, "JobSubmissionClient", lambda _address: server)
+    assert script.main(["x", "--", "jobs/pretrain.py"]) == status
+    shown = capsys.readouterr()
+    if status == 3:
+        assert shown.err.startswith("submit: error: the connection to x-1 broke")
+        assert server.tails == script.CONNECTIONS
+    else:
+        assert "log 3\nx-1: failed" in shown.out
+        assert pauses == [script.PAUSE_SECONDS] * 2
+
+
+def test_of_two_who_submit_at_one_moment_the_second_follows_the_first(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Raced(Server):
+        def submit_job(self, **job: Any) -> str:
+            self.jobs = Server((job["submission_id"], "x", Status.PENDING)).jobs
+            raise RuntimeError("Request failed with status code 500: Job with submission_id x-1 already exists")
+
+    monkeypatch.setattr(script, "JobSubmissionClient", lambda _address: Raced())
+    assert script.main(["x", "--", "jobs/pretrain.py"]) == 0
+    assert "log of x-1" in capsys.readouterr().out
+
+
 def test_a_cluster_that_does_not_answer_is_said_in_one_line(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -225,6 +225,37 @@ def test_a_task_is_planned_by_its_own_data_and_its_runs_at_one_time(tmp_path: Pa
     assert estimated("cluster.max_worker_nodes=1", "cluster.workers_per_node=3").work.parallel_runs == 3
 
 
+@pytest.mark.parametrize(
+    ("overrides", "runs", "workers"),
+    [
+        ([], 8, 8),  # not 24: the repeats of a trial run one after the other
+        (["sweep.max_concurrent_trials=5"], 5, 5),
+        (["sweep.gpus_per_worker=0.25"], 8, 2),
+        (["sweep.gpus_per_worker=0.25", "cluster.max_worker_nodes=1", "cluster.workers_per_node=1"], 4, 1),
+        (["cluster.max_worker_nodes=1", "cluster.workers_per_node=1"], 1, 1),
+    ],
+)
+def test_trials_run_side_by_side_and_may_share_a_gpu_and_their_repeats_follow_each_other(
+    overrides: list[str], runs: int, workers: int, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "data", ("a", "b", "c"))
+    given = ["iterations=1", f"data.path={tmp_path / 'data'}", f"output={tmp_path / 'run'}", "data.clip_seconds=2"]
+    given += [
+        "pretrain.encoder.preset=tiny",
+        "sweep.num_trials=8",
+        "sweep.repeats=3",
+        "sweep.max_concurrent_trials=null",
+    ]
+    given += [f"{part}.num_workers=1" for part in ("finetune.train", "pretrain.train", "inference")]
+    config = load_config(PlanConfig, None, [*given, "finetune.train.use_gpu=true", *overrides])
+    found = inspect(config)
+    assert not found.mistakes
+    sweep = estimate_run(config, plan_new_run(found.stages))[-1]
+    assert sweep.work.label == "iteration 1 sweep"
+    assert (sweep.work.parallel_runs, sweep.work.workers) == (runs, workers)
+    assert sweep.work.clips == 8 * 3 * config.finetune.train.steps * config.finetune.train.global_batch_size
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

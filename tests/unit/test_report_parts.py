@@ -29,8 +29,9 @@ from support.report_runs import (
     write_audible_dataset,
 )
 
-from beats_ray.config import UserError
+from beats_ray.config import FinetuneConfig, UserError, load_config
 from beats_ray.data.storage import open_place
+from beats_ray.identity import run_identity
 from beats_ray.judgement import write_judgement
 from beats_ray.report import build_sections, write_report
 from beats_ray.reporting.audio import EXCERPT_SECONDS, loudest, read_excerpts
@@ -359,6 +360,20 @@ def test_the_folder_of_one_sweep_has_a_report_and_keeps_its_leaderboard(tmp_path
     assert "my-sweep: settings and validation accuracy" in html
     assert "iterations complete" not in text
     assert "Codebook usage" not in text
+
+
+def test_the_folder_of_one_fine_tuning_has_a_report(tmp_path: Path) -> None:
+    place = open_place(str(tmp_path / "my-model"))
+    put_stage(place, "complete", training_metrics(5, 2.0, 1.0))
+    identity = run_identity(load_config(FinetuneConfig, None, ["output=o", "encoder=e"]))
+    (place / "stage.json").write_json((place / "stage.json").read_json() | {"config": identity})
+    stage = read_run(place).iterations[1]["finetune"]
+    assert stage.series("train/loss")
+    write_report(place.uri)
+    _, text = read_page(place)
+    assert "fine-tuning" in text
+    assert "complete" in text
+    assert "iterations complete" not in text
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------

@@ -429,6 +429,9 @@ def test_a_fine_tuned_teacher_is_the_first_task_that_has_one(folder: Path) -> No
     config = task_config(folder, "teacher=finetuned", f"tasks.once.data.path={folder / 'own'}")
     stages = {stage.label: stage for stage in stages_of(config)}
     assert stages["iteration 2 tokenizer"].inputs["teacher"].startswith("iteration-1/finetune-once ")
+    assert stages["iteration 2 tokenizer"].title == "tokenizer, distilled from iteration 1's fine-tuned model"
+    plain = {stage.label: stage for stage in stages_of(task_config(folder))}
+    assert plain["iteration 2 tokenizer"].title == "tokenizer, distilled from iteration 1's pre-trained encoder"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,21 @@ COMMON: list[tuple[str, Callable[[Config], Any], str]] = [
         "starts Ray without tokens",
     ),
     (
+        "Ray's own start commands",
+        lambda c: [drop(c, f"{kind}_start_ray_commands") for kind in ("head", "worker")],
+        "head_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
+        "Ray's own start command of workers",
+        lambda c: drop(c, "worker_start_ray_commands"),
+        "worker_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
+        "no start of Ray",
+        lambda c: c.update(head_start_ray_commands=["ray stop"]),
+        "head_start_ray_commands: missing, or has no `ray start`",
+    ),
+    (
         "open dashboard",
         lambda c: c.update(
             head_start_ray_commands=["export RAY_AUTH_MODE=token; ray start --head --dashboard-host=0.0.0.0"]
@@ -104,6 +119,11 @@ COMMON: list[tuple[str, Callable[[Config], Any], str]] = [
         "key in a command",
         lambda c: c.update(setup_commands=["export AWS_ACCESS_KEY_ID=AKIA" + "A" * 16]),
         "setup_commands.0: holds what looks like a key",
+    ),
+    (
+        "password by its key",
+        lambda c: c["provider"].update(redis_password="abc"),
+        "provider.redis_password: holds what looks like a key or password",
     ),
 ]
 AWS: list[tuple[str, Callable[[Config], Any], str]] = [

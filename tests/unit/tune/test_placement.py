@@ -6,10 +6,20 @@ from typing import Any
 import pytest
 from support.prepared import write_dataset
 
-from beats_ray.config import ConfigError, FinetuneConfig, StreamSettings, SweepConfig, SweepSettings, load_config
+from beats_ray.config import (
+    ConfigError,
+    FinetuneConfig,
+    IterateConfig,
+    StreamSettings,
+    SweepConfig,
+    SweepSettings,
+    UserError,
+    load_config,
+)
 from beats_ray.data.storage import open_place
+from beats_ray.iterate import check_plan
 from beats_ray.tune.budget import Budget, check_budget
-from beats_ray.tune.placement import TrialNeeds, concurrent_trials, trial_needs
+from beats_ray.tune.placement import TrialNeeds, concurrent_trials, node_resources, trial_needs
 from beats_ray.tune.trial import Reports, check_trials, trial_config, validations_of
 
 pytestmark = pytest.mark.unit
@@ -50,6 +60,56 @@ def test_streams_of_a_trial_are_given_room_beside_its_workers() -> None:
 def test_a_trial_that_never_fits_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"2 x \(1 CPU\).*cluster has 1 CPU and 0 GPU on 1 nodes"):
         concurrent_trials(needs_of("finetune.train.num_workers=2"), [{"CPU": 1.0}], None)
+
+
+GROUPS = [({"CPU": 0}, 0), ({"CPU": 64, "GPU": 8}, 1), ({"CPU": 64, "GPU": 8}, 2), ({"CPU": 16}, 1)]
+"""Of a cluster as we ship them: the head, GPU nodes on demand and spot, data nodes."""
+
+
+def scale(monkeypatch: pytest.MonkeyPatch, living: list[dict[str, float]], groups: list[Any] | None) -> None:
+    """A cluster of these nodes whose autoscaler may start these groups, of which Ray is asked."""
+    from ray._private.state import GlobalState
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    config = groups and ClusterConfig(
+        node_group_configs=[NodeGroupConfig(resources=resources, max_count=most) for resources, most in groups]
+    )
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in living])
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    total = {name: sum(node.get(name, 0.0) for node in living) for name in ("CPU", "GPU")}
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _self: config or None)
+
+
+def test_nodes_that_the_autoscaler_may_start_give_room_and_those_that_it_has_started_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = needs_of(GPUS)
+    head, gpus = {"object_store_memory": 1e9}, {"CPU": 64.0, "GPU": 8.0, "node:10.0.0.7": 1.0}
+    for living in ([head], [head, gpus], [head, gpus, gpus, gpus]):
+        scale(monkeypatch, living, GROUPS)
+        assert concurrent_trials(needs, node_resources(), None) == 24
+    scale(monkeypatch, [head, gpus], None)
+    assert node_resources() == [head, gpus]
+    scale(monkeypatch, [head, {"CPU": 4.0, "GPU": 1.0}], [({"CPU": 8, "GPU": 1}, -1)])  # an own node, and no limit
+    assert concurrent_trials(needs, node_resources(), 50) == 50
+
+
+def test_on_a_cluster_of_a_head_alone_a_run_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(IterateConfig, None, ["output=o", "inference.use_gpu=true", GPUS])
+    scale(monkeypatch, [{}], GROUPS)
+    check_plan(config, is_labelled=True)
+    scale(monkeypatch, [{}], GROUPS[:1])
+    with pytest.raises(UserError, match=r"inference.num_workers=\d+ needs .* CPUs, the cluster has 0"):
+        check_plan(config, is_labelled=True)
+
+
+def test_a_sweep_that_will_not_run_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(IterateConfig, None, ["output=o", GPUS])
+    scale(monkeypatch, [{"CPU": 100.0}], None)
+    check_plan(config, is_labelled=False)
+    with pytest.raises(ConfigError, match="a trial needs"):
+        check_plan(config, is_labelled=True)
 
 
 @pytest.mark.parametrize(
