@@ -875,10 +875,13 @@ class StartSettings(Section):
         return self
 
 
+Protocol = Literal["sweep", "finetune", "cross-validate", "probe"]
+
+
 class TaskSettings(Section):
     """A labelled data set that every iteration's encoder is fine-tuned on, and how."""
 
-    protocol: Literal["sweep", "finetune", "cross-validate", "probe"] = "sweep"
+    protocol: Protocol = "sweep"
     """`sweep` searches the settings of fine-tuning, `finetune` runs them once, `cross-validate` once for every fold and
     seed; `probe` leaves the encoder frozen. Paper: fine-tuned once, ESC-50 and IEMOCAP over five folds."""
     data: StreamSettings = StreamSettings()

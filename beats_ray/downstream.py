@@ -11,9 +11,11 @@ all clips, each judged by the runs that never heard its fold.
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from beats_ray.config import CrossValidateConfig, EvaluateConfig, SweepConfig, TrainingJob
 from beats_ray.console import Console
+from beats_ray.cross_validate import SUMMARY_FILE
 from beats_ray.data.storage import Place
 from beats_ray.judgement import RESULT_FILE, write_csv
 from beats_ray.scoring import binomial_error
@@ -74,11 +76,8 @@ def _read(stage: Stage) -> TaskResult:
     folder, job, metric = stage.folder, stage.job, stage.manifest.main_metric
     assert isinstance(job, TrainingJob | EvaluateConfig), stage.label
     error: float | None = None
-    if isinstance(job, CrossValidateConfig):
-        found = (folder / "cross_validation.json").read_json()["encoders"]["encoder"]
-        value, error, clips = found["accuracy"], found["standard_error"], found["clips"]
-    elif isinstance(job, EvaluateConfig):
-        found = (folder / RESULT_FILE).read_json()
+    if isinstance(job, CrossValidateConfig | EvaluateConfig):
+        found = _judged(folder, job)
         value, error, clips = found["accuracy"], found["standard_error"], found["clips"]
     else:
         tuned = fine_tuning_of(stage)
@@ -89,6 +88,13 @@ def _read(stage: Stage) -> TaskResult:
         error = binomial_error(value, clips) if value is not None and metric == "accuracy" else None
     protocol = stage.name.removesuffix(f"-{stage.task}")
     return TaskResult(stage.iteration, stage.task, protocol, job.data.path, metric, value, error, clips)
+
+
+def _judged(folder: Place, job: CrossValidateConfig | EvaluateConfig) -> dict[str, Any]:
+    """Over the clips of all folds."""
+    if isinstance(job, EvaluateConfig):
+        return dict((folder / RESULT_FILE).read_json())
+    return dict((folder / SUMMARY_FILE).read_json()["encoders"]["encoder"])
 
 
 def _tested(folder: Place, job: TrainingJob, metric: str) -> float | None:

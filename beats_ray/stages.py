@@ -26,6 +26,7 @@ from beats_ray.config import (
     IterateConfig,
     Job,
     PretrainConfig,
+    Protocol,
     SweepConfig,
     TaskSettings,
     TokenizeConfig,
@@ -119,7 +120,7 @@ class _Graph:
                 settings={},
                 data=manifest_key(manifest, reads_labels=True),
             )
-            self._probe(0, untrained)
+            self._judge(0, "probe", untrained, config, manifest)
         for name, task in config.tasks.items():
             if task.protocol == "probe":
                 self._task(0, name, untrained)
@@ -130,10 +131,10 @@ class _Graph:
             labels = self._labels(iteration, tokenizer) if self._has_labels(iteration) else None
             encoder = self._pretrain(iteration, tokenizer, labels)
             if probed and not heard_labels:
-                self._probe(iteration, encoder)
+                self._judge(iteration, "probe", encoder, config, manifest)
             tuned = [self._task(iteration, name, encoder) for name in config.tasks]
             if labelled and not config.tasks:
-                tuned = [self._sweep(iteration, encoder)]
+                tuned = [self._judge(iteration, "sweep", encoder, config, manifest)]
             tuned = [stage for stage in tuned if stage.published is not None]
             wants_tuned = iteration < config.iterations and config.teacher_of(iteration + 1) == "finetuned"
             if wants_tuned and not tuned:
@@ -253,43 +254,29 @@ class _Graph:
             source=tokenizer.published,
         )
 
-    def _probe(self, iteration: int, encoder: Stage) -> Stage:
-        job = EvaluateConfig(
-            **self._common(iteration, "probe"),
-            model=encoder.model,
-            probe=self._config.probe,
-            **section_fields(self._config.inference),
-        )
-        title = "frozen linear probe over all folds"
-        return self._add(iteration, "probe", title, job=job, models={"model": encoder}, source=encoder.published)
-
-    def _sweep(self, iteration: int, encoder: Stage) -> Stage:
-        job = SweepConfig(
-            **self._common(iteration, "sweep"),
-            encoder=encoder.model,
-            finetune=self._config.finetune,
-            sweep=self._config.sweep,
-        )
-        return self._add(
-            iteration,
-            "sweep",
-            "fine-tuning sweep",
-            job=job,
-            models={"encoder": encoder},
-            published=self._classifier(self._manifest),
-            source=encoder.published,
-        )
-
     def _task(self, iteration: int, task: str, encoder: Stage) -> Stage:
-        settings, manifest = self._config.tasks[task], self._tasks[task]
-        name = f"{settings.protocol}-{task}"
+        settings = self._config.tasks[task]
+        return self._judge(iteration, settings.protocol, encoder, settings, self._tasks[task], task)
+
+    def _judge(
+        self,
+        iteration: int,
+        protocol: Protocol,
+        encoder: Stage,
+        settings: IterateConfig | TaskSettings,
+        manifest: DatasetManifest,
+        task: str = "",
+    ) -> Stage:
+        """Judges an encoder by the run's own data set, or by that of a task."""
+        name = f"{protocol}-{task}" if task else protocol
         common = self._common(iteration, name) | {"data": settings.data}
         job: Job
-        if settings.protocol == "sweep":
+        if protocol == "sweep":
             job = SweepConfig(**common, encoder=encoder.model, finetune=settings.finetune, sweep=settings.sweep)
-        elif settings.protocol == "finetune":
+        elif protocol == "finetune":
             job = FinetuneConfig(**common, encoder=encoder.model, **section_fields(settings.finetune))
-        elif settings.protocol == "cross-validate":
+        elif protocol == "cross-validate":
+            assert isinstance(settings, TaskSettings), name
             job = CrossValidateConfig(
                 **common,
                 encoder=encoder.model,
@@ -299,15 +286,16 @@ class _Graph:
         else:
             inference = section_fields(self._config.inference)
             job = EvaluateConfig(**common, model=encoder.model, probe=settings.probe, **inference)
+        title = _PROTOCOLS[protocol]
         return self._add(
             iteration,
             name,
-            f"{task}: {_PROTOCOLS[settings.protocol]}",
+            f"{task}: {title}" if task else title,
             job=job,
             task=task,
             manifest=manifest,
-            models={"model" if settings.protocol == "probe" else "encoder": encoder},
-            published=self._classifier(manifest) if settings.protocol in ("sweep", "finetune") else None,
+            models={"model" if protocol == "probe" else "encoder": encoder},
+            published=self._classifier(manifest) if protocol in ("sweep", "finetune") else None,
             source=encoder.published,
         )
 
@@ -326,7 +314,7 @@ class _Graph:
         return {"kind": "classifier", "config": {**describe_encoder(self._config)["config"], "classifier": head}}
 
 
-_PROTOCOLS = {
+_PROTOCOLS: dict[Protocol, str] = {
     "sweep": "fine-tuning sweep",
     "finetune": "fine-tuning",
     "cross-validate": "fine-tuning over folds",
