@@ -3,6 +3,7 @@
 One small run is interrupted by Ctrl-C in the middle of its first pre-training and started again with the same command.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from beats_ray.data.sample import make_sample_set
+from tests.support.marked import MARK, marked_processes
 
 pytestmark = pytest.mark.ray
 
@@ -55,19 +57,16 @@ class Demo:
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"BEATS_RAY_TEST_MARK": self._mark},
+                env=os.environ | {MARK: self._mark},
                 start_new_session=True,
             )
 
     def marked_processes(self) -> list[str]:
         """Command lines of all processes that this demo started and that are still there."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark and process.status() != "zombie":
-                    found.append(" ".join(process.cmdline()))
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+        for process in marked_processes(self._mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(" ".join(process.cmdline()))
         return found
 
     def requests(self) -> str:

@@ -17,7 +17,6 @@ import time
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 
 from beats_ray.config import IterateConfig, load_config
@@ -25,6 +24,7 @@ from beats_ray.data.manifest import read_manifest
 from beats_ray.data.sample import make_sample_set
 from beats_ray.data.storage import open_place
 from beats_ray.stages import build_stages
+from tests.support.marked import MARK, kill_marked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
@@ -69,7 +69,7 @@ class Runs:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BEATS_RAY_TEST_MARK": self._mark},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self._mark},
             )  # fmt: skip
 
     def finish(self) -> None:
@@ -139,23 +139,7 @@ class Runs:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
-        while marked := self._marked():
-            for process in marked:
-                try:
-                    process.kill()
-                    process.wait(10)
-                except psutil.NoSuchProcess:
-                    continue
-
-    def _marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark and process.status() != "zombie":
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        kill_marked(self._mark)
 
 
 def prepare(folder: Path) -> Path:

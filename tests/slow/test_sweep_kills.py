@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from support.tones import write_tones
 
 from beats_ray.models import BeatsEncoder, encoder_config, save_model
+from tests.support.marked import MARK, kill_marked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -53,7 +53,7 @@ class Sweep:
         ]  # fmt: skip
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BEATS_RAY_TEST_MARK": self._mark}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self._mark}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [*self._command, *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -70,13 +70,7 @@ class Sweep:
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
-        while marked := self._marked():
-            for one in marked:
-                try:
-                    one.kill()
-                    one.wait(10)
-                except psutil.NoSuchProcess:
-                    continue
+        kill_marked(self._mark)
 
     def finished(self) -> dict[Path, int]:
         """When the model of each trial that is done was written."""
@@ -101,16 +95,6 @@ class Sweep:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
-
-    def _marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("BEATS_RAY_TEST_MARK") == self._mark and process.status() != "zombie":
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
 
 
 def results(board: dict[str, Any]) -> list[tuple[str, float, float, int]]:
