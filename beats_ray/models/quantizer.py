@@ -127,6 +127,11 @@ class CosineQuantizer(Float32Buffers):
         else:
             self._update(statistics)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether k-means is done; until then its vectors are state that no `state_dict` holds."""
+        return self._batches_fitted() == self.config.init_batches
+
     @torch.no_grad()
     def labels(self, vectors_ND: Tensor) -> Tensor:
         """Returns the nearest code of each vector and changes nothing."""
@@ -140,7 +145,7 @@ class CosineQuantizer(Float32Buffers):
     def _collect(self, unit_ND: Tensor, is_sound_N: Tensor, labels_N: Tensor, counts_V: Tensor) -> None:
         if self._statistics is None:
             self._statistics = _StepStatistics(torch.zeros_like(self.codebook_VD), torch.zeros_like(self.usage_V))
-        is_fitted = self._batches_fitted() == self.config.init_batches
+        is_fitted = self.is_fitted
         if not is_fitted or self.config.restart_below > 0:
             self._statistics.vectors.append(unit_ND[is_sound_N])
         if is_fitted:

@@ -110,6 +110,10 @@ class DistillTask:
     def end_step(self, moved: bool) -> None:
         self.module.model.tokenizer.quantizer.end_step(moved)
 
+    @property
+    def can_resume(self) -> bool:
+        return self.module.model.tokenizer.quantizer.is_fitted  # until then k-means needs the vectors of earlier steps
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)

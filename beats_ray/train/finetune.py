@@ -111,6 +111,10 @@ class FinetuneTask:
     def end_step(self, moved: bool) -> None:
         pass
 
+    @property
+    def can_resume(self) -> bool:
+        return True
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         augment = self._settings.augment

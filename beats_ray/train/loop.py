@@ -71,6 +71,11 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether a checkpoint may follow: parameters and buffers are all the state there is. Alike on all workers."""
+        ...
+
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         """The inputs for a micro-batch, which is on the training device already."""
         ...
@@ -154,7 +159,7 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
             last = done == settings.steps
             validates = validate_every_steps is not None and (done % validate_every_steps == 0 or last)
             noticed = notices.new(look_due)
-            saves = _saves(settings, done, noticed)
+            saves = task.can_resume and _saves(settings, done, noticed)
             # With each checkpoint a report, or the next one would speak of other steps in a run that was resumed there.
             if done % settings.log_every_steps == 0 or last or validates or saves:
                 metrics = meter.report(done, engine) | {

@@ -157,6 +157,10 @@ class PretrainTask:
     def end_step(self, moved: bool) -> None:
         pass
 
+    @property
+    def can_resume(self) -> bool:
+        return True
+
     @torch.no_grad()
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.num_mel_bins)

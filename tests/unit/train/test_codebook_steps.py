@@ -9,6 +9,7 @@ from torch import Tensor
 from beats_ray.models import SelfDistilledTokenizer, load_model
 from beats_ray.train.distill import DistillTask
 from tests.support.distilling import distil
+from tests.support.training import Stopped
 
 pytestmark = pytest.mark.unit
 
@@ -58,3 +59,21 @@ def test_a_step_with_one_poisoned_micro_batch_leaves_the_codebook_as_it_was(
         assert torch.equal(before["codebook_VD"], after["codebook_VD"]) != moved
         assert torch.equal(before["usage_V"], after["usage_V"]) != moved
         assert after["batches_seen"] - before["batches_seen"] == int(moved)
+
+
+def test_a_run_that_is_stopped_within_kmeans_is_the_same_run_when_it_goes_on(tmp_path: Path, pretraining) -> None:
+    """k-means needs the vectors of all its steps, which no checkpoint holds: so there is none before it is done."""
+    options = {"kind": "distill", "steps": 6, "checkpoint_every_steps": 1}
+    whole = pretraining.run(tmp_path / "whole", **options)
+
+    def stop(step: int, _metrics: dict[str, float]) -> None:
+        if step == 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pretraining.run(tmp_path / "stopped", stop, **options)
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    assert pretraining.run(tmp_path / "stopped", **options) == whole
+    models = [load_model(tmp_path / name / "model").state_dict() for name in ("whole", "stopped")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*"))) == 2  # kept of those after k-means

@@ -69,6 +69,10 @@ class Regression:
     def end_step(self, moved: bool) -> None:
         pass
 
+    @property
+    def can_resume(self) -> bool:
+        return True
+
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         is_real_BS = torch.arange(batch.audio_BS.shape[1]) < batch.num_samples_B.unsqueeze(1)
         return Prepared((batch.audio_BS.float() / 3000, is_real_BS), is_real_BS.sum())
