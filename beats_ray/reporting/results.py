@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from beats_ray.reporting.charts import Bar, Line, bar_chart, line_chart, present
+from beats_ray.reporting.charts import Bar, Chart, Line, bar_chart, line_chart, present
 from beats_ray.reporting.layout import Grid, Row, Section, figure, iteration_title, spread, stages_of
 from beats_ray.reporting.reading import number
 from beats_ray.reporting.run_folder import LeaderboardRow, Run
@@ -136,7 +136,7 @@ def _task_grids(run: Run) -> list[Grid]:
 
 
 def learning_curves(run: Run) -> Section:
-    """Loss and accuracy of masked prediction against the clip-band baseline, and the tokenizers' losses."""
+    """Masked prediction against the clip-band baseline, the tokenizers' losses, and fine-tunings with what they judged."""
     section = Section("Learning curves")
     for index, stage in stages_of(run, "pretrain"):
         title = iteration_title(run, index)
@@ -157,6 +157,24 @@ def learning_curves(run: Run) -> Section:
             "The clip-band baseline predicts a masked patch from the visible codes of its clip and frequency band.",
             "Losses under different tokenizers are not comparable; probes are.",
         ]
-    else:
+    tuned = _fine_tuning_curves(run)
+    if tuned:
+        section.charts += tuned
+        section.notes.append("Fine-tuning: the loss over training clips is of augmented ones, that over others is not.")
+    if not section.charts:
         section.absent = "No training stage has reported yet."
     return section
+
+
+def _fine_tuning_curves(run: Run) -> list[Chart]:
+    """Loss, and accuracy or mean average precision, of each fine-tuning on the clips of its parts."""
+    charts: list[Chart] = []
+    for index, stage in stages_of(run, "finetune"):
+        title = f"{iteration_title(run, index)}, {stage.task}" if stage.task else iteration_title(run, index)
+        for shown, metric in (("loss", "loss"), ("accuracy", "accuracy"), ("mAP", "mean_average_precision")):
+            lines = [
+                Line("training", stage.series(f"train/{metric}")),
+                Line("validation", stage.series(f"validation/{metric}"), "series-2"),
+            ]
+            charts += present(line_chart(f"{title}: fine-tuning {shown}", lines, "step"))
+    return charts

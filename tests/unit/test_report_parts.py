@@ -364,14 +364,23 @@ def test_the_folder_of_one_sweep_has_a_report_and_keeps_its_leaderboard(tmp_path
 
 def test_the_folder_of_one_fine_tuning_has_a_report(tmp_path: Path) -> None:
     place = open_place(str(tmp_path / "my-model"))
-    put_stage(place, "complete", training_metrics(5, 2.0, 1.0))
+    metrics = training_metrics(5, 2.0, 1.0)
+    for record in metrics[1::2]:
+        record |= {"validation/loss": 1.5, "validation/accuracy": 0.01 * record["step"]}
+    put_stage(place, "complete", metrics)
     identity = run_identity(load_config(FinetuneConfig, None, ["output=o", "encoder=e"]))
     (place / "stage.json").write_json((place / "stage.json").read_json() | {"config": identity})
     stage = read_run(place).iterations[1]["finetune"]
     assert stage.series("train/loss")
-    write_report(place.uri)
+    write_report(place.uri, ("html", "json"))
     _, text = read_page(place)
-    assert "fine-tuning" in text
+    charts = json.loads((place / "report.json").read_bytes())["sections"]["learning-curves"]["charts"]
+    drawn = {
+        chart["title"].split(": ")[-1]: {line["name"]: line["points"] for line in chart["lines"]} for chart in charts
+    }
+    assert list(drawn) == ["fine-tuning loss", "fine-tuning accuracy"]
+    assert set(drawn["fine-tuning loss"]) == {"training", "validation"}
+    assert drawn["fine-tuning accuracy"] == {"validation": [[20.0, 0.2], [40.0, 0.4]]}
     assert "complete" in text
     assert "iterations complete" not in text
 
