@@ -136,7 +136,7 @@ def _task_grids(run: Run) -> list[Grid]:
 
 
 def learning_curves(run: Run) -> Section:
-    """Masked prediction against the clip-band baseline, the tokenizers' losses, and fine-tunings with what they judged."""
+    """Masked prediction against the clip-band baseline, the tokenizers' losses, fine-tunings with their validations."""
     section = Section("Learning curves")
     for index, stage in stages_of(run, "pretrain"):
         title = iteration_title(run, index)
