@@ -147,6 +147,9 @@ class StreamSettings(Section):
     placement: Literal["auto", "data-nodes", "anywhere"] = "auto"
     """Where clips are read and decoded: on nodes with the label beats-ray/role=data where the cluster has some, on
     these only (an autoscaler then starts them), or anywhere."""
+    streams: PositiveInt = 1
+    """Streams that the clips of a step come from, in equal parts: for runs on so many GPUs that one coordinator of Ray
+    Data, with its 20 ms for each block, is too slow. Divides the number of workers or is a multiple of it."""
     buffer_mib: PositiveInt = 512
     """Object-store memory that the stream may fill for each training worker, MiB; never more than half of the cluster's
     object store (`ray.object_store_mib` of a private one)."""

@@ -60,6 +60,8 @@ def run_identity(config: Job) -> dict[str, Any]:
     kept = _without_execution(values)
     if type(config) in _DATA_FIELDS and "data" in kept:
         kept["data"] = {name: kept["data"][name] for name in sorted(_DATA_FIELDS[type(config)])}
+    if kept.get("data", {}).get("streams") == 1:  # as in all runs before there could be several
+        del kept["data"]["streams"]
     return kept
 
 

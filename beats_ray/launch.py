@@ -72,8 +72,10 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
         yield
 
 
-def check_fits(settings: TrainSettings, data: StreamSettings, streams: int = 1) -> None:
-    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and so many data streams at once need.
+def check_fits(settings: TrainSettings, data: StreamSettings, streams: int | None = None) -> None:
+    """ConfigError when the cluster has fewer CPUs (or GPUs) than the workers and their data streams at once need.
+
+    streams: by default those of the training clips.
 
     A cluster that scales counts with every node that its autoscaler may start. A stream that must wait for data nodes
     is only warned of: an autoscaler may start them.
@@ -81,8 +83,9 @@ def check_fits(settings: TrainSettings, data: StreamSettings, streams: int = 1) 
     from beats_ray.data.stream import required_cpus, warn_without_data_nodes
 
     warn_without_data_nodes(data)
+    streams = data.streams if streams is None else streams
     total = most_resources()
-    reading = streams * required_cpus(data)
+    reading = required_cpus(data, streams)
     workers = settings.min_workers
     what = "the data stream" if streams == 1 else f"{streams} data streams"
     needed = workers * settings.cpus_per_worker + reading

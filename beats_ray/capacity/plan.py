@@ -55,6 +55,8 @@ class Work:
     """Sound that is decoded once and kept, as the trials of a sweep share it; None where clips are streamed."""
     train: TrainSettings | None = None
     """Of a stage that trains."""
+    streams: int = 1
+    """Of the training clips."""
     parallel_runs: int = 1
     """Trials, or folds, at one time, each with its share of the workers."""
     bytes_per_clip: float = 0.0
@@ -150,7 +152,10 @@ def work_of(row: Row, config: PlanConfig) -> Work | None:
         flops=row.flops,
         workers=math.ceil(round(_workers_of_a_run(job, training) * parallel, 6)),
         cpus_per_worker=train.cpus_per_worker,
-        clips_per_block=clips_of_a_block(train.max_workers, train.micro_batch_size, data.clip_seconds),
+        clips_per_block=clips_of_a_block(
+            max(1, train.max_workers // data.streams), train.micro_batch_size, data.clip_seconds
+        ),
+        streams=data.streams,
         cached_seconds=_seconds_read(data, manifest) if shares_clips else None,
         train=train,
         parallel_runs=parallel,
@@ -198,7 +203,7 @@ def estimate(work: Work, config: PlanConfig) -> Estimate:
     cluster, measured = config.cluster, config.measured
     worker_nodes = _worker_nodes(work, cluster)
     wanted = work.workers * cluster.tflops_per_worker * 1e12 / (work.flops / work.clips)
-    load = Load(wanted, work.clip_seconds, work.bytes_per_clip, work.workers, work.clips_per_block)
+    load = Load(wanted, work.clip_seconds, work.bytes_per_clip, work.workers, work.clips_per_block, work.streams)
     needs = data_plane(load, config.data.buffer_mib, measured)
     limits: dict[Limit, float] = {"GPUs": wanted}
     data_nodes = 0
@@ -217,7 +222,7 @@ def estimate(work: Work, config: PlanConfig) -> Estimate:
         if cluster.storage_mib_per_s is not None:
             limits["storage"] = wanted * cluster.storage_mib_per_s / needs.storage_mib_per_s
         if work.clips_per_block is not None:
-            limits["coordinator"] = coordinator_limit(work.clips_per_block, measured)
+            limits["coordinator"] = work.streams * coordinator_limit(work.clips_per_block, measured)
     limit = min(limits, key=lambda name: limits[name])
     rate = limits[limit]
     goodput, best_steps = _faults(work, rate, cluster, measured) if work.train else (1.0, None)

@@ -136,6 +136,8 @@ class SimulateConfig(Section):
     """Length of a clip."""
     micro_batch_size: PositiveInt = 35
     """Clips of one forward pass of a worker, by which blocks are cut."""
+    workers_per_stream: PositiveInt | None = None
+    """GPUs that one stream serves (`data.streams`); all where None."""
     bytes_per_second: PositiveFloat = 32_000.0
     """Bytes of a second of sound in the shards; 16-bit samples at 16 kHz are the most."""
     checkpoint_gib: PositiveFloat = 1.26

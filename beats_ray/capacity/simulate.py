@@ -70,11 +70,14 @@ def _mean_loss(outcomes: list[Outcome], cause: str) -> float:
 
 
 def _feed(config: SimulateConfig, workers: int) -> dict[str, Any]:
-    """What so many GPUs need where nothing fails, and the share of their speed that one coordinator can feed."""
+    """What so many GPUs need where nothing fails, and the share of their speed that the coordinators can feed."""
+    streams = 1 if config.workers_per_stream is None else -(-workers // config.workers_per_stream)
     clips_per_s = workers * config.tflops_per_worker * 1000.0 / config.gflop_per_clip
-    block = clips_of_a_block(workers, config.micro_batch_size, config.clip_seconds)
-    load = Load(clips_per_s, config.clip_seconds, config.clip_seconds * config.bytes_per_second, workers, block)
-    limit = coordinator_limit(block, config.measured)
+    block = clips_of_a_block(-(-workers // streams), config.micro_batch_size, config.clip_seconds)
+    load = Load(
+        clips_per_s, config.clip_seconds, config.clip_seconds * config.bytes_per_second, workers, block, streams
+    )
+    limit = streams * coordinator_limit(block, config.measured)
     needs = asdict(data_plane(load, StreamSettings().buffer_mib, config.measured))
     return {"workers": workers, "clips_per_s": clips_per_s, "coordinator_clips_per_s": limit} | needs
 
@@ -135,8 +138,12 @@ def _show_data_plane(report: dict[str, Any], console: Console) -> None:
         for one in report["data_plane"]
     ]
     columns = ["GPUs", "clips/s", "decode cores", "storage GB/s", "network GB/s", "object store GiB",
-               "coordinator gives, clips/s", "speed that leaves"]  # fmt: skip
-    console.table("One stream for all GPUs", columns, rows)
+               "coordinators give, clips/s", "speed that leaves"]  # fmt: skip
+    number = report["config"]["workers_per_stream"]
+    title = "One stream for all GPUs" if number is None else f"One stream for each {number} GPUs"
+    console.table(title, columns, rows)
     ends = [one["workers"] for one in report["data_plane"] if one["coordinator_busy"] > 1.0]
     if ends:
-        console.note(f"one coordinator no longer feeds {min(ends):,} GPUs; see docs/operations.md")
+        console.note(
+            f"the coordinators no longer feed {min(ends):,} GPUs; set workers_per_stream, see docs/operations.md"
+        )

@@ -32,6 +32,8 @@ class Load:
     workers: int
     clips_per_block: int | None
     """Clips that go through Ray as one object; None where the coordinator's part was never measured."""
+    streams: int = 1
+    """Streams that the clips come from, each with a coordinator."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class DataPlane:
     object_store_mib: float
     """Of all nodes together, so that every worker's buffer can be full."""
     coordinator_busy: float | None
-    """Share of its time that Ray's coordinator works; above 1 it cannot keep up. None where unknown."""
+    """Share of its time that each of Ray's coordinators works; above 1 it cannot keep up. None where unknown."""
 
 
 def data_plane(load: Load, buffer_mib: float, measured: MeasuredSettings) -> DataPlane:
     """What the cluster has to give, so that workers never wait for clips."""
     seconds_per_s = load.clips_per_s * load.clip_seconds
-    limit = None if load.clips_per_block is None else coordinator_limit(load.clips_per_block, measured)
+    limit = None if load.clips_per_block is None else load.streams * coordinator_limit(load.clips_per_block, measured)
     return DataPlane(
         decode_cores=seconds_per_s * measured.decode_ms_per_second / 1000.0,
         storage_mib_per_s=load.clips_per_s * load.bytes_per_clip / MIB,
@@ -63,7 +65,7 @@ def data_plane(load: Load, buffer_mib: float, measured: MeasuredSettings) -> Dat
 
 
 def clips_of_a_block(workers: int, micro_batch_size: int, clip_seconds: float) -> int:
-    """Clips of a block of a training stream: whole micro-batches of one worker."""
+    """Clips of a block of a training stream that serves so many workers: whole micro-batches of one of them."""
     from beats_ray.data.stream import rounds_of_a_block  # which loads Ray Data
 
     clip_bytes = round(clip_seconds * SAMPLE_BYTES_PER_SECOND)
@@ -71,7 +73,7 @@ def clips_of_a_block(workers: int, micro_batch_size: int, clip_seconds: float) -
 
 
 def coordinator_limit(clips_per_block: int, measured: MeasuredSettings) -> float:
-    """Clips/s of one run at which the one process that hands out its blocks has no time left."""
+    """Clips/s of one stream at which the process that hands out its blocks has no time left."""
     return clips_per_block * 1000.0 / measured.coordinator_ms_per_block
 
 

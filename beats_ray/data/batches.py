@@ -6,14 +6,16 @@ import this package and need no torch.
 
 import sys
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beats_ray.data.plan import micro_batch_start, patch_labels_in
+from beats_ray.data.lanes import Dealing
+from beats_ray.data.plan import patch_labels_in
 
 if TYPE_CHECKING:
     import torch
@@ -101,38 +103,52 @@ def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False, buc
 
 
 def iterate_micro_batches(
-    iterator: Any,
-    micro_batch_size: int,
+    iterators: Sequence[Any],
+    dealing: Dealing,
+    rank: int,
     prefetch_blocks: int,
     *,
     first_step: int,
     stop_step: int,
-    global_batch_size: int,
-    rank: int,
-    world_size: int,
     bucket_samples: int = 0,
     device: "torch.device | str" = "cpu",
-) -> Iterator[MicroBatch]:
-    """A rank's micro-batches of steps [first_step, stop_step), from its share of a `build_stream` of these steps.
+) -> Generator[MicroBatch]:
+    """A rank's micro-batches of steps [first_step, stop_step), from its shares of `build_streams` of these steps.
+
+    iterators: of each lane that the rank reads, `dealing.lanes_of(rank)`, its share.
 
     Raises RuntimeError when a batch is not the one that the plan puts here: a mistake in the order never passes
     silently. Closing the iterator early ends the stream's tasks.
     """
-    first_position = first_step * global_batch_size
-    count = (stop_step - first_step) * global_batch_size // (micro_batch_size * world_size)
-    source = _tensor_batches(iterator, micro_batch_size, prefetch_blocks, bucket_samples)
+    assert len(iterators) == len(dealing.lanes_of(rank)), (len(iterators), dealing, rank)
+    size, who = dealing.micro_batch_size, f"rank {rank} of {dealing.num_workers}"
+    count = dealing.num_micro_batches(stop_step - first_step)
+    source = _in_turn([_tensor_batches(iterator, size, prefetch_blocks, bucket_samples) for iterator in iterators])
     for index, batch in enumerate(_timed(source, count)):
-        expected = micro_batch_start(first_position, index, rank, world_size, micro_batch_size)
+        lane, start = dealing.micro_batch(first_step, index, rank)
+        expected_B = dealing.positions(lane, start, start + size)
         positions_B = batch.positions_B.numpy()
-        if not np.array_equal(positions_B, np.arange(expected, expected + micro_batch_size)):
+        if not np.array_equal(positions_B, expected_B):
             raise RuntimeError(
-                f"data order: micro-batch {index} of rank {rank} of {world_size} must hold positions {expected} to "
-                f"{expected + micro_batch_size - 1}, but holds {positions_B.tolist()}"
+                f"data order: micro-batch {index} of {who} must hold positions {expected_B[0]} to {expected_B[-1]}, "
+                f"but holds {positions_B.tolist()}"
             )
         yield batch.to(device)
         count -= 1
     if count:
-        raise RuntimeError(f"data order: the stream of rank {rank} of {world_size} ended {count} micro-batches early")
+        raise RuntimeError(f"data order: the stream of {who} ended {count} micro-batches early")
+
+
+def _in_turn(sources: Sequence[Generator[MicroBatch]]) -> Generator[MicroBatch]:
+    """One batch of each source after the other, until one has no more; closing it closes all."""
+    with ExitStack() as closing_all:
+        for source in sources:
+            closing_all.enter_context(closing(source))
+        for source in cycle(sources):
+            batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def iterate_eval_batches(

@@ -8,7 +8,7 @@ and the content of the batches are those of `build_stream`, bit for bit. The cli
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, to_micro_batch
 from beats_ray.data.clips import Clip, ExampleSpec, clip_samples_of, decode_whole_clips, make_examples
 from beats_ray.data.columns import list_views
+from beats_ray.data.lanes import Dealing, Lane
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.parts import ClipPart, rows_of_part
 from beats_ray.data.plan import (
@@ -31,7 +32,6 @@ from beats_ray.data.plan import (
     Rows,
     balancing_weights,
     build_plan,
-    micro_batch_start,
 )
 from beats_ray.data.shards import check_schema
 from beats_ray.data.storage import Place, with_retries
@@ -78,18 +78,19 @@ class ClipCache:
 
         part: the clips, by default those of the settings' folds and splits.
         """
-        assert global_batch_size % (micro_batch_size * world_size) == 0, (global_batch_size, micro_batch_size)
+        dealing = Dealing(global_batch_size, micro_batch_size, world_size, self.settings.streams)
         plan = self._plan(
             part,
             seed=seed,
             weigh=self._weigh if self.settings.sampling == "balanced" else None,
-            buckets=length_buckets(self.settings, global_batch_size),
+            buckets=length_buckets(self.settings, dealing.lane_clips),
         )
         spec = example_spec(self.manifest, self.settings, plan, seed if augment_crop else None)
-        first = start_step * global_batch_size
-        count = (stop_step - start_step) * global_batch_size // (micro_batch_size * world_size)
-        starts = (micro_batch_start(first, index, rank, world_size, micro_batch_size) for index in range(count))
-        yield from self._examples(plan, spec, ((start, start + micro_batch_size) for start in starts))
+        lanes = {index: Lane(plan, index, dealing) for index in dealing.lanes_of(rank)}
+        read = {index: self._reader(lane, spec) for index, lane in lanes.items()}
+        for index in range(dealing.num_micro_batches(stop_step - start_step)):
+            lane, start = dealing.micro_batch(start_step, index, rank)
+            yield read[lane](start, start + micro_batch_size)
 
     def eval_batches(
         self,
@@ -107,7 +108,9 @@ class ClipCache:
         spec = example_spec(self.manifest, self.settings, plan, None)
         clips = plan.clips_per_epoch
         starts = range(rank * micro_batch_size, clips, world_size * micro_batch_size)
-        yield from self._examples(plan, spec, ((start, min(start + micro_batch_size, clips)) for start in starts))
+        read = self._reader(plan, spec)
+        for start in starts:
+            yield read(start, min(start + micro_batch_size, clips))
 
     def _plan(self, part: ClipPart | None, **options: Any) -> ClipPlan:
         part = part or wanted_part(self.settings)
@@ -144,7 +147,8 @@ class ClipCache:
                 f"lack row group {missing[0].index} of {missing[0].file}; widen them to all clips that the run uses"
             )
 
-    def _examples(self, plan: ClipPlan, spec: ExampleSpec, spans: Iterator[tuple[int, int]]) -> Iterator[MicroBatch]:
+    def _reader(self, plan: ClipPlan | Lane, spec: ExampleSpec) -> Callable[[int, int], MicroBatch]:
+        """What gives the examples of positions, of a lane places, [start, stop)."""
         self._check_held(plan.row_groups)
 
         @lru_cache(maxsize=2)  # a micro-batch can straddle two windows
@@ -155,15 +159,17 @@ class ClipCache:
             window = plan.by_length(window, num_samples_P)
             return window.first_position, first_G[window.slots_P] + window.rows_P
 
-        for start, stop in spans:
+        def read(start: int, stop: int) -> MicroBatch:
             begun = time.perf_counter()
             clips: list[Clip] = []
             for ordinal in plan.windows_between(start, stop):
-                position, index_P = clips_of(ordinal)
-                clips += [self._clips[i] for i in index_P[max(0, start - position) : stop - position]]
-            columns = make_examples(clips, np.arange(start, stop), spec)
+                first, index_P = clips_of(ordinal)
+                clips += [self._clips[i] for i in index_P[max(0, start - first) : stop - first]]
+            columns = make_examples(clips, plan.positions(start, stop), spec)
             batch = to_micro_batch(columns, bucket_samples=bucket_samples_of(self.settings))
-            yield replace(batch, wait_seconds=time.perf_counter() - begun)
+            return replace(batch, wait_seconds=time.perf_counter() - begun)
+
+        return read
 
     @cached_property
     def _first_clip(self) -> dict[tuple[str, int], int]:

@@ -139,6 +139,15 @@ class ClipPlan:
             slots_P, rows_P = slots_P[shuffle_P], rows_P[shuffle_P]
         return Window(epoch * clips + int(starts_W[index]), epoch, chosen, slots_P, rows_P)
 
+    def clips_of_windows(self, epoch: int) -> np.ndarray:
+        """Clips of each window of an epoch."""
+        starts_W, clips = self._window_starts(epoch, self._epoch_order(epoch))
+        return np.diff(starts_W, append=clips)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """Positions [start, stop)."""
+        return np.arange(start, stop)
+
     def by_length(self, window: Window, num_samples_P: np.ndarray) -> Window:
         """The window in its final order, once the lengths of its clips are known, by its own positions.
 
@@ -262,11 +271,6 @@ def balancing_weights(
     positive = [float(part[part > 0].min()) for part in by_group if (part > 0).any()]
     least = min(positive, default=1.0)
     return ClipWeights(tuple(np.where(part > 0, part, least) for part in by_group))
-
-
-def micro_batch_start(first_position: int, index: int, rank: int, num_workers: int, micro_batch_size: int) -> int:
-    """The first position of a worker's micro-batch number `index`: micro-batches are dealt to the ranks in turn."""
-    return first_position + (index * num_workers + rank) * micro_batch_size
 
 
 def crop_offset(seed: int | None, epoch: int, clip_id: str, num_samples: int, clip_samples: int) -> int:

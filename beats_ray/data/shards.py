@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beats_ray.data.columns import binary_views
+from beats_ray.data.lanes import Lane
 from beats_ray.data.manifest import DatasetManifest, Shard, shards_fingerprint
 from beats_ray.data.plan import ClipPlan, RowGroupRef, Window
 from beats_ray.data.storage import Place, read_table, storage_errors, with_retries
@@ -36,7 +37,7 @@ class WindowReader:
 
     dataset: Place
     labels: Place | None
-    plan: ClipPlan
+    plan: ClipPlan | Lane
     versions: dict[str, str]
     """sha256 of each shard: footers are remembered by it, so a data set prepared again is read afresh."""
     labels_version: str = ""
@@ -46,8 +47,8 @@ class WindowReader:
     clip_bytes: int = 0
     """Mean size of a clip in its shard."""
 
-    def read(self, ordinals: range, start: int, stop: int, table_clips: int) -> Iterator[pa.Table]:
-        """The rows of positions [start, stop) that lie in these windows, in the plan's order.
+    def read(self, ordinals: Sequence[int], start: int, stop: int, table_clips: int) -> Iterator[pa.Table]:
+        """The rows of positions, of a lane places, [start, stop) that lie in these windows, in the plan's order.
 
         A table holds at most table_clips rows and begins, unless a window does, a multiple of it after `start`. Two
         columns are added: `position`, and `read_seconds`, the time that this task waited for storage, per clip.
@@ -194,7 +195,8 @@ def check_labels(labels: Place, manifest: DatasetManifest, dataset: Place) -> st
 class _WindowRows:
     """The rows of a window's row groups in the order of the plan. The audio of a row is copied once."""
 
-    def __init__(self, plan: ClipPlan, window: Window, tables: Sequence[pa.Table], read_seconds: float) -> None:
+    def __init__(self, plan: ClipPlan | Lane, window: Window, tables: Sequence[pa.Table], read_seconds: float) -> None:
+        self._plan = plan
         self._first_position = window.first_position
         self._read_seconds = read_seconds
         self._others = pa.concat_tables([table.drop_columns(["audio"]) for table in tables]).combine_chunks()
@@ -212,7 +214,7 @@ class _WindowRows:
         ends_B = np.cumsum([0, *map(len, audio)], dtype=np.int64)
         data = [None, pa.py_buffer(ends_B), pa.py_buffer(b"".join(audio))]
         columns = {
-            "position": pa.array(np.arange(start, stop), pa.int64()),
+            "position": pa.array(self._plan.positions(start, stop), pa.int64()),
             "audio": pa.Array.from_buffers(pa.large_binary(), len(audio), data),
             "read_seconds": pa.array(np.full(len(audio), self._read_seconds, np.float32)),
         }

@@ -5,15 +5,17 @@
 
 With `preserve_order` (see `execution_options`) Ray's `streaming_split(equal=True)` hands block i to worker i % n, so
 the global batch of a step holds the same clips for any number of workers; `iterate_micro_batches` checks it. Every
-block costs Ray the same time whatever its size, so a block holds as many micro-batches as fit `BLOCK_CLIPS`.
+block costs Ray the same time whatever its size, so a block holds as many micro-batches as fit `BLOCK_CLIPS`, and a run
+on many GPUs has several such streams (`data/lanes.py`).
 
-    stream = build_stream(dataset, manifest, settings, seed=0, global_batch_size=64, micro_batch_size=8,
-                          start_step=0, stop_step=1000, num_workers=2)
+    (stream,) = build_streams(dataset, manifest, settings, dealing=Dealing(64, 8, num_workers=2),
+                              seed=0, start_step=0, stop_step=1000)
     shares = stream.streaming_split(2, equal=True)      # `train/streaming.py` hands them to Ray Train's workers
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,9 @@ from ray.data.block import BlockMetadata
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import ExampleSpec, clip_samples_of, example_decoder
+from beats_ray.data.lanes import Dealing, Lane
 from beats_ray.data.manifest import DatasetManifest
+from beats_ray.data.pacing import PauseWhileFull
 from beats_ray.data.parts import ClipPart, plan_of_part
 from beats_ray.data.plan import (
     SAMPLE_RATE_HZ,
@@ -47,13 +51,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MicroBatch",
     "build_eval_stream",
-    "build_stream",
+    "build_streams",
     "execution_options",
     "iterate_eval_batches",
     "iterate_micro_batches",
-    "leave_cpus",
     "read_alone",
     "required_cpus",
+    "share_cpus",
+    "training_streams",
 ]
 
 logger = logging.getLogger(__name__)
@@ -70,30 +75,33 @@ TABLE_FILL = 7  # eighths of the mean size of a table at which it leaves a read 
 TABLE_CLIPS = 64  # compressed clips that travel together from a read task, where the decode tasks do not say
 
 
-def build_stream(
+def training_streams(num_streams: int) -> list[str]:
+    """The names of a run's streams of training clips, by lane."""
+    return ["train"] if num_streams == 1 else [f"train-{lane}" for lane in range(num_streams)]
+
+
+def build_streams(
     dataset: Place,
     manifest: DatasetManifest,
     settings: StreamSettings,
     *,
+    dealing: Dealing,
     seed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
     start_step: int,
     stop_step: int,
-    num_workers: int = 1,
     labels: Place | None = None,
     augment_crop: bool = True,
     part: ClipPart | None = None,
-) -> "Dataset":
-    """The clips of steps [start_step, stop_step), in blocks that hold consecutive micro-batches of one worker.
+) -> list["Dataset"]:
+    """For each lane the clips of steps [start_step, stop_step), in blocks of consecutive micro-batches of one worker.
 
     Columns: position int64, clip_id string, audio int16 (S,), num_samples int32, targets uint8 (C,) and, with labels,
     patch_labels int16 (N,). Which clips a step holds depends on seed, part, sampling and shuffle_window_clips, with
-    length buckets on clip_seconds and global_batch_size too, never on the number of workers or on start_step. The last
-    blocks may go on a little beyond stop_step. part: the clips, by default those of the settings' folds and splits.
-    UserError where no clip matches or the labels are not those of this data set.
+    length buckets on clip_seconds and the global batch size too, with several lanes on the global batch size and their
+    number, never on the number of workers or on start_step. The last blocks may go on a little beyond stop_step. part:
+    the clips, by default those of the settings' folds and splits. UserError where no clip matches or the labels are not
+    those of this data set.
     """
-    assert global_batch_size % (micro_batch_size * num_workers) == 0, (global_batch_size, micro_batch_size, num_workers)
     with_retries(lambda: check_schema(dataset, manifest), settings.retry_seconds)
     plan = plan_of_part(
         dataset,
@@ -103,11 +111,20 @@ def build_stream(
         seed=seed,
         shuffle_window_clips=settings.shuffle_window_clips,
         weigh=weigher(dataset, manifest, settings),
-        buckets=length_buckets(settings, global_batch_size),
+        buckets=length_buckets(settings, dealing.lane_clips),
     )
     reader = open_reader(dataset, manifest, plan, settings, labels)
     spec = example_spec(manifest, settings, plan, seed if augment_crop else None)
-    start, stop = start_step * global_batch_size, stop_step * global_batch_size
+    start, stop = start_step * dealing.lane_clips, stop_step * dealing.lane_clips
+    lanes = [Lane(plan, index, dealing) for index in range(dealing.num_lanes)]
+    return [_lane_stream(replace(reader, plan=lane), spec, settings, dealing, start, stop) for lane in lanes]
+
+
+def _lane_stream(
+    reader: WindowReader, spec: ExampleSpec, settings: StreamSettings, dealing: Dealing, start: int, stop: int
+) -> "Dataset":
+    """The clips of places [start, stop) of a lane, for its workers."""
+    micro_batch_size, num_workers = dealing.micro_batch_size, dealing.lane_workers
     round_clips = micro_batch_size * num_workers
     rounds = rounds_of_a_block(micro_batch_size, num_workers, stop - start, spec.bytes_per_clip)
     stop = start + -(-(stop - start) // (rounds * round_clips)) * rounds * round_clips  # whole blocks for every worker
@@ -139,14 +156,13 @@ def read_alone(
     seed: int = 0,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of the first steps for a single consumer, as a training worker gets them, without a trainer."""
-    stream = build_stream(
-        dataset, manifest, settings, seed=seed, global_batch_size=batch_size, micro_batch_size=batch_size,
-        start_step=0, stop_step=num_steps,
-    )  # fmt: skip
-    (shard,) = stream.streaming_split(1, equal=True)
+    dealing = Dealing(batch_size, batch_size, num_workers=1)
+    (stream,) = build_streams(
+        dataset, manifest, settings, dealing=dealing, seed=seed, start_step=0, stop_step=num_steps
+    )
     return iterate_micro_batches(
-        shard, batch_size, settings.prefetch_blocks, bucket_samples=bucket_samples_of(settings),
-        first_step=0, stop_step=num_steps, global_batch_size=batch_size, rank=0, world_size=1,
+        stream.streaming_split(1, equal=True), dealing, 0, settings.prefetch_blocks, first_step=0,
+        stop_step=num_steps, bucket_samples=bucket_samples_of(settings),
     )  # fmt: skip
 
 
@@ -195,16 +211,16 @@ def wanted_part(settings: StreamSettings) -> ClipPart:
     return ClipPart(settings.folds, settings.splits)
 
 
-def required_cpus(settings: StreamSettings) -> float:
-    """Logical CPUs that must stay free beside the training workers, or the stream cannot move."""
-    return settings.read_tasks * READ_CPUS + settings.decode_cpus
+def required_cpus(settings: StreamSettings, num_streams: int = 1) -> float:
+    """Logical CPUs that must stay free beside the training workers, or so many streams cannot move."""
+    return num_streams * (settings.read_tasks * READ_CPUS + settings.decode_cpus)
 
 
-def leave_cpus(stream: "Dataset", settings: StreamSettings, taken_elsewhere: float, to_leave: float) -> None:
-    """Keeps the tasks of a stream from taking all logical CPUs of the nodes that they may run on.
+def share_cpus(streams: Sequence["Dataset"], settings: StreamSettings, taken_elsewhere: float, to_leave: float) -> None:
+    """Keeps the tasks of each stream from taking all logical CPUs of the nodes that they may run on.
 
     A task whose blocks nobody fetches keeps its CPU, so a stream that waits could starve another one. taken_elsewhere:
-    CPUs of training workers, which do not run on data nodes.
+    CPUs of training workers, which do not run on data nodes. to_leave: those that other streams need.
     """
     labels = data_node_labels(settings)
     cpus = sum(
@@ -213,8 +229,10 @@ def leave_cpus(stream: "Dataset", settings: StreamSettings, taken_elsewhere: flo
         if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
     )
     rest = cpus - to_leave - (0.0 if labels else taken_elsewhere)
-    options = stream.context.execution_options
-    options.resource_limits = options.resource_limits.copy(cpu=max(required_cpus(settings), rest))
+    for stream in streams:
+        options = stream.context.execution_options
+        share = max(required_cpus(settings), rest / len(streams))
+        options.resource_limits = options.resource_limits.copy(cpu=share)
 
 
 def weigher(
@@ -251,10 +269,10 @@ def example_spec(
     )
 
 
-def length_buckets(settings: StreamSettings, global_batch_size: int) -> LengthBuckets | None:
-    """What `build_plan` needs for `data.length_bucket_seconds`."""
+def length_buckets(settings: StreamSettings, batch_clips: int) -> LengthBuckets | None:
+    """What `build_plan` needs for `data.length_bucket_seconds`; batch_clips: of a step and lane."""
     samples = bucket_samples_of(settings)
-    return LengthBuckets(samples, clip_samples_of(settings.clip_seconds), global_batch_size) if samples else None
+    return LengthBuckets(samples, clip_samples_of(settings.clip_seconds), batch_clips) if samples else None
 
 
 def bucket_samples_of(settings: StreamSettings) -> int:
@@ -265,7 +283,7 @@ def bucket_samples_of(settings: StreamSettings) -> int:
 def read_windows(
     reader: WindowReader, settings: StreamSettings, start: int, stop: int, table_clips: int = TABLE_CLIPS
 ) -> "Dataset":
-    """Shard rows of positions [start, stop) with their position, still compressed, in the plan's order.
+    """Shard rows of positions, of a lane places, [start, stop), with their position, still compressed, in order.
 
     table_clips: rows that travel together, see `WindowReader.read`.
     """
@@ -282,6 +300,7 @@ def read_windows(
     # Ray collects tables until they are larger than this, and cuts what is more than half as large again.
     context.target_max_block_size = max(1, TABLE_FILL * table_clips * reader.clip_bytes // 8)
     context.downstream_capacity_backpressure_ratio = None  # `buffer_mib` alone bounds the memory
+    context.custom_execution_callback_classes = [PauseWhileFull]
     context.execution_options = execution_options(settings)
     return rows
 
@@ -374,6 +393,6 @@ class PlanSource(Datasource):
 
 
 def _read(
-    reader: "ray.ObjectRef[WindowReader]", windows: range, start: int, stop: int, table_clips: int
+    reader: "ray.ObjectRef[WindowReader]", windows: Sequence[int], start: int, stop: int, table_clips: int
 ) -> Iterator[pa.Table]:
     yield from ray.get(reader).read(windows, start, stop, table_clips)

@@ -6,6 +6,7 @@
 A run raises the first mistake before it asks for anything; `--dry-run` shows all of them. Both use these functions.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,8 +18,10 @@ from beats_ray.config import (
     FinetuneConfig,
     PretrainConfig,
     StreamSettings,
+    TrainSettings,
     UserError,
 )
+from beats_ray.data.lanes import lanes_fit
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import ClipPlan, build_plan
@@ -112,6 +115,7 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     attempt(lambda: deepspeed_config(config.train, config.train.max_workers), mistakes)
     attempt(lambda: check_loggers(config.train.loggers), mistakes)
     attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
+    attempt(lambda: _check_streams(config.train, config.data), mistakes)
     manifest = inputs.manifest
     if isinstance(config, PretrainConfig) and inputs.published is not None:
         tokenizer = inputs.published
@@ -129,6 +133,23 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
             mistakes += part_mistakes(config, manifest)
         attempt(lambda: training_plan(config, manifest), mistakes)
     return mistakes
+
+
+def _check_streams(train: TrainSettings, data: StreamSettings) -> None:
+    """ConfigError where some number of workers cannot take the clips of a step from the streams in equal parts."""
+    for workers in range(train.min_workers, train.max_workers + 1):
+        if not lanes_fit(data.streams, workers):
+            raise ConfigError(
+                f"data.streams={data.streams} neither divides train.num_workers={workers} nor is a multiple of it; "
+                f"use {math.gcd(data.streams, workers)}"
+            )
+    clips = math.lcm(train.clips_at_once, train.micro_batch_size * data.streams)
+    if train.global_batch_size % clips:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not divisible into micro-batches of "
+            f"{train.micro_batch_size} from each of data.streams={data.streams}; use "
+            f"{max(1, round(train.global_batch_size / clips)) * clips}, or fewer streams"
+        )
 
 
 def keep_batch(config: ConfigT) -> ConfigT:

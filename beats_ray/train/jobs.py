@@ -171,8 +171,8 @@ def _train(run: Run, console: Console) -> Written:
 
 
 def _open_streams(run: Run) -> int:
-    """Streams whose tasks may hold CPUs at one time: held-out clips are read while that of the training clips waits."""
-    return min(2, len(run.streamed_parts())) if run.cache is None else 1
+    """Streams whose tasks may hold CPUs at one time: held-out clips are read while those of the training clips wait."""
+    return run.data.streams + (len(run.streamed_parts()) > 1) if run.cache is None else 1
 
 
 def _written(run: Run) -> Written:
@@ -193,12 +193,14 @@ def _fit(run: Run, callbacks: Sequence[Any] = ()) -> None:
     datasets: dict[str, Any] = {}
     data_config = None
     if run.cache is None:
+        from beats_ray.data.stream import training_streams
         from beats_ray.train.streaming import StreamedRun, TrainStream
 
         labels = getattr(run.config, "labels", "")
         parts = run.streamed_parts()
         streamed = StreamedRun(run.data, run.train, run.manifest, labels, run.output / "checkpoints", parts)
-        datasets, data_config = {name: lambda: None for name in parts}, TrainStream(streamed)
+        names = [*training_streams(run.data.streams), *(name for name in parts if name != "train")]
+        datasets, data_config = {name: lambda: None for name in names}, TrainStream(streamed)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     scratch = run.output / "ray-train"
     rules = failure_rules(run.output / "checkpoints", settings)

@@ -98,7 +98,7 @@ class StreamedBatches:
     """Batches of Ray Data's streams; this worker's share of them comes from Ray Train."""
 
     def __init__(self, run: Run, context: WorkerContext, share: Callable[[str], Any] | None = None) -> None:
-        """share: gives this worker's share of a stream by name: `train`, `validation` or `test`."""
+        """share: gives this worker's share of a stream by name: one of `training_streams`, `validation` or `test`."""
         self._run = run
         self._context = context
         self._share = share or _share_of_ray_train
@@ -106,18 +106,20 @@ class StreamedBatches:
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
         from beats_ray.data.batches import iterate_micro_batches
-        from beats_ray.data.stream import bucket_samples_of
+        from beats_ray.data.lanes import Dealing
+        from beats_ray.data.stream import bucket_samples_of, training_streams
 
         settings = self._run.train
+        context, num_lanes = self._context, self._run.data.streams
+        dealing = Dealing(settings.global_batch_size, settings.micro_batch_size, context.world_size, num_lanes)
+        shares = [self._share(name) for name in training_streams(num_lanes)]  # all workers must ask for all of them
         return iterate_micro_batches(
-            self._share("train"),
-            micro_batch_size=settings.micro_batch_size,
-            prefetch_blocks=self._run.data.prefetch_blocks,
+            [shares[lane] for lane in dealing.lanes_of(context.rank)],
+            dealing,
+            context.rank,
+            self._run.data.prefetch_blocks,
             first_step=first_step,
             stop_step=settings.steps,
-            global_batch_size=settings.global_batch_size,
-            rank=self._context.rank,
-            world_size=self._context.world_size,
             bucket_samples=bucket_samples_of(self._run.data),
             device=self._context.device,
         )

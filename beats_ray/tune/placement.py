@@ -73,7 +73,7 @@ def trial_needs(sweep: SweepSettings, train: TrainSettings, data: StreamSettings
     if is_streamed:
         from beats_ray.data.stream import required_cpus
 
-        reading_cpus = 2 * required_cpus(data)  # held-out clips are read beside the training's
+        reading_cpus = required_cpus(data, data.streams + 1)  # held-out clips are read beside the training's
     return TrialNeeds(
         uses_ray_train=train.max_workers > 1 or is_streamed,
         worker=worker,

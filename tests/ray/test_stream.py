@@ -1,10 +1,12 @@
 """The stream from real shards: what is read, in which order it arrives, and that labels and crops stay together."""
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +16,7 @@ from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
 from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.flac import encode_flac
+from beats_ray.data.lanes import Dealing
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
@@ -21,13 +24,12 @@ from beats_ray.data.shards import check_labels, check_schema, clip_labels
 from beats_ray.data.storage import Place, open_place, write_table
 from beats_ray.data.stream import (
     build_eval_stream,
-    build_stream,
+    build_streams,
     example_spec,
-    execution_options,
-    leave_cpus,
     open_reader,
     read_windows,
     rounds_of_a_block,
+    share_cpus,
 )
 from beats_ray.objectstore import EmbeddedObjectStore
 
@@ -341,38 +343,25 @@ def test_damaged_shards_are_named(tmp_path: Path, column: str, values: list[Any]
 
 
 def read_with_workers(
-    stream: Any,
-    workers: int,
-    first_step: int,
-    global_batch: int,
-    micro_batch: int,
-    stop_step: int = 9,
-    *,
-    bucket: int = 0,
+    streams: list[Any], dealing: Dealing, first_step: int = 0, stop_step: int = 9, *, bucket: int = 0
 ) -> list[list[MicroBatch]]:
     """Each worker's micro-batches, iterated by tasks that run at the same time, as training processes do."""
     import ray
 
     @ray.remote(num_cpus=0.1)
-    def read(shard: Any, rank: int) -> list[MicroBatch]:
+    def read(shares: list[Any], rank: int) -> list[MicroBatch]:
         return list(
             iterate_micro_batches(
-                shard,
-                micro_batch,
-                2,
-                first_step=first_step,
-                stop_step=stop_step,
-                global_batch_size=global_batch,
-                rank=rank,
-                world_size=workers,
-                bucket_samples=bucket,
+                shares, dealing, rank, 2, first_step=first_step, stop_step=stop_step, bucket_samples=bucket
             )
         )
 
-    stream = stream.copy(stream)
-    stream.context.execution_options = execution_options(SETTINGS, workers)
-    shards = stream.streaming_split(workers, equal=True)
-    batches: list[list[MicroBatch]] = ray.get([read.remote(shard, rank) for rank, shard in enumerate(shards)])
+    shares = [stream.streaming_split(dealing.lane_workers, equal=True) for stream in streams]
+    mine = [
+        [shares[lane][rank % dealing.lane_workers] for lane in dealing.lanes_of(rank)]
+        for rank in range(dealing.num_workers)
+    ]
+    batches: list[list[MicroBatch]] = ray.get([read.remote(some, rank) for rank, some in enumerate(mine)])
     return batches
 
 
@@ -384,15 +373,11 @@ def test_any_number_of_workers_and_any_start_give_the_same_global_batches(
     global_batch, micro_batch, steps = 12, 2, 12  # 144 clips: more than two epochs of 54
     expected = read_examples(dataset, manifest, SETTINGS, (0, steps * global_batch))
 
-    def build(start: int, workers: int) -> Any:
-        return build_stream(
-            dataset, manifest, SETTINGS, seed=4, global_batch_size=global_batch, micro_batch_size=micro_batch,
-            start_step=start, stop_step=steps, num_workers=workers,
-        )  # fmt: skip
-
     for workers, start in [(1, 0), (2, 0), (3, 0), (2, 7)]:
-        shards = read_with_workers(build(start, workers), workers, start, global_batch, micro_batch, steps)
-        per_step = global_batch // (micro_batch * workers)
+        dealing = Dealing(global_batch, micro_batch, workers)
+        streams = build_streams(dataset, manifest, SETTINGS, dealing=dealing, seed=4, start_step=start, stop_step=steps)
+        shards = read_with_workers(streams, dealing, start, steps)
+        per_step = dealing.num_micro_batches(1)
         assert [len(batches) for batches in shards] == [(steps - start) * per_step] * workers
         for step in range(start, steps):
             part = slice((step - start) * per_step, (step - start + 1) * per_step)
@@ -426,13 +411,14 @@ def test_the_stream_brings_labels_and_names_a_mismatch(
     manifest, labels = read_manifest(dataset), open_place(str(tmp_path / "labels"))
     write_labels(labels, dataset, manifest)
 
-    def build() -> Any:
-        return build_stream(
-            dataset, manifest, SETTINGS, seed=4, global_batch_size=6, micro_batch_size=3, start_step=0, stop_step=9,
-            labels=labels,
-        )  # fmt: skip
+    dealing = Dealing(6, 3, num_workers=1)
 
-    [batches] = read_with_workers(build(), 1, 0, 6, 3)
+    def build() -> list[Any]:
+        return build_streams(
+            dataset, manifest, SETTINGS, dealing=dealing, seed=4, start_step=0, stop_step=9, labels=labels
+        )
+
+    [batches] = read_with_workers(build(), dealing)
     expected = read_examples(dataset, manifest, SETTINGS, (0, 54), labels)
     found = [batch.patch_labels_BN for batch in batches]
     assert np.array_equal(torch.cat([part for part in found if part is not None]).numpy(), expected["patch_labels"])
@@ -443,29 +429,19 @@ def test_the_stream_brings_labels_and_names_a_mismatch(
     write_labels(labels, dataset, manifest, swap=True)
     (labels / "labels.json").write_json({"fingerprint": shards_fingerprint(manifest), "made": "again"})
     with pytest.raises(Exception, match=r"holds labels of other clips"):
-        read_with_workers(build(), 1, 0, 6, 3)
+        read_with_workers(build(), dealing)
 
 
 @pytest.mark.ray
 def test_batches_in_a_wrong_order_never_pass(cluster: EmbeddedObjectStore, dataset: Place) -> None:
-    stream = build_stream(
-        dataset,
-        read_manifest(dataset),
-        SETTINGS,
-        seed=4,
-        global_batch_size=6,
-        micro_batch_size=3,
-        start_step=1,
-        stop_step=9,
+    dealing = Dealing(6, 3, num_workers=1)
+    (stream,) = build_streams(
+        dataset, read_manifest(dataset), SETTINGS, dealing=dealing, seed=4, start_step=1, stop_step=9
     )
     with pytest.raises(
         RuntimeError, match=r"micro-batch 0 of rank 0 of 1 must hold positions 0 to 2, but holds \[6, 7, 8\]"
     ):
-        next(
-            iterate_micro_batches(
-                stream.iterator(), 3, 1, first_step=0, stop_step=9, global_batch_size=6, rank=0, world_size=1
-            )
-        )
+        next(iterate_micro_batches([stream.iterator()], dealing, 0, 1, first_step=0, stop_step=9))
 
 
 @pytest.mark.ray
@@ -520,10 +496,11 @@ def test_batches_of_like_lengths_are_padded_to_their_bucket_whether_cached_or_st
     write_labels(labels, dataset, manifest)
     settings, bucket = SETTINGS.model_copy(update={"length_bucket_seconds": 0.2}), 3200
     sizes = {"global_batch_size": 6, "micro_batch_size": 3}
-    stream = build_stream(
-        dataset, manifest, settings, seed=4, start_step=2, stop_step=20, num_workers=2, labels=labels, **sizes
+    dealing = Dealing(**sizes, num_workers=2)
+    streams = build_streams(
+        dataset, manifest, settings, dealing=dealing, seed=4, start_step=2, stop_step=20, labels=labels
     )
-    streamed = read_with_workers(stream, 2, 2, 6, 3, 20, bucket=bucket)
+    streamed = read_with_workers(streams, dealing, 2, 20, bucket=bucket)
     cache = materialize_clips(dataset, manifest, settings, labels=labels)
     for rank, batches in enumerate(streamed):
         cached = cache.batches(seed=4, start_step=2, stop_step=20, rank=rank, world_size=2, **sizes)
@@ -579,16 +556,74 @@ def test_evaluation_sees_every_chosen_clip_once_whether_cached_or_streamed(
 
 
 @pytest.mark.ray
+def test_several_streams_give_the_same_global_batches_to_any_workers_cached_or_streamed(
+    cluster: EmbeddedObjectStore, dataset: Place
+) -> None:
+    """Also from a step in the middle, where each lane begins within a window."""
+    from beats_ray.data.cache import materialize_clips
+
+    manifest, settings = read_manifest(dataset), SETTINGS.model_copy(update={"streams": 2})
+    cache = materialize_clips(dataset, manifest, settings)
+    found: dict[tuple[int, int], dict[int, str]] = {}
+    for workers, start in [(1, 0), (2, 0), (4, 0), (4, 5)]:
+        dealing = Dealing(16, 4, workers, num_lanes=2)
+        streams = build_streams(dataset, manifest, settings, dealing=dealing, seed=4, start_step=start, stop_step=9)
+        assert len(streams) == 2
+        for rank, batches in enumerate(read_with_workers(streams, dealing, start)):
+            cached = cache.batches(
+                seed=4, start_step=start, stop_step=9, rank=rank, world_size=workers, global_batch_size=16,
+                micro_batch_size=4,
+            )  # fmt: skip
+            for one, other in zip(batches, cached, strict=True):
+                assert torch.equal(one.positions_B, other.positions_B)
+                assert one.clip_ids == other.clip_ids
+                assert torch.equal(one.audio_BS, other.audio_BS)
+                found.setdefault((workers, start), {}).update(zip(one.positions_B.tolist(), one.clip_ids, strict=True))
+    whole = found[1, 0]
+    assert sorted(whole) == list(range(9 * 16))
+    assert found[2, 0] == found[4, 0] == whole
+    assert found[4, 5] == {position: clip for position, clip in whole.items() if position >= 5 * 16}
+
+
+@pytest.mark.ray
+def test_the_coordinator_of_a_full_stream_takes_little_of_a_core(cluster: EmbeddedObjectStore, dataset: Place) -> None:
+    settings, dealing = SETTINGS.model_copy(update={"buffer_mib": 16}), Dealing(4, 4, num_workers=1)
+    before = {process.pid for process in coordinators()}
+    (stream,) = build_streams(
+        dataset, read_manifest(dataset), settings, dealing=dealing, seed=4, start_step=0, stop_step=1000
+    )
+    batches = iterate_micro_batches(stream.streaming_split(1, equal=True), dealing, 0, 1, first_step=0, stop_step=1000)
+    next(batches)
+    time.sleep(5.0)  # the buffers fill
+    (coordinator,) = [process for process in coordinators() if process.pid not in before]
+    seconds, begun = sum(coordinator.cpu_times()[:2]), time.monotonic()
+    time.sleep(5.0)
+    share = (sum(coordinator.cpu_times()[:2]) - seconds) / (time.monotonic() - begun)
+    batches.close()
+    assert share < 0.2, f"{share:.0%} of a core, without a batch asked for"
+
+
+def coordinators() -> list[psutil.Process]:
+    """The processes of this cluster's streams."""
+    return [one for one in psutil.Process().children(recursive=True) if "SplitCoordinator" in " ".join(one.cmdline())]
+
+
+@pytest.mark.ray
 def test_a_stream_that_may_have_to_wait_leaves_cpus_to_another(cluster: EmbeddedObjectStore, dataset: Place) -> None:
     import ray
 
     stream = build_eval_stream(dataset, read_manifest(dataset), SETTINGS, 4)
     before = stream.context.execution_options.resource_limits
-    for taken, left, expected in ((0.5, 1.25, ray.cluster_resources()["CPU"] - 1.75), (90.0, 1.0, 1.5)):
-        leave_cpus(stream, SETTINGS, taken, to_leave=left)
-        limits = stream.context.execution_options.resource_limits
-        assert limits.cpu == pytest.approx(expected)  # never less than one stream needs
-        assert limits.object_store_memory == before.object_store_memory
+    other = build_eval_stream(dataset, read_manifest(dataset), SETTINGS, 4)
+    rest = ray.cluster_resources()["CPU"] - 1.75
+    for streams, taken, left, expected in (
+        ([stream], 0.5, 1.25, rest), ([stream, other], 0.5, 1.25, max(1.5, rest / 2)), ([stream, other], 90.0, 1.0, 1.5)
+    ):  # fmt: skip
+        share_cpus(streams, SETTINGS, taken, to_leave=left)
+        for one in streams:
+            limits = one.context.execution_options.resource_limits
+            assert limits.cpu == pytest.approx(expected)  # never less than a stream needs
+            assert limits.object_store_memory == before.object_store_memory
 
 
 @pytest.mark.ray
@@ -611,12 +646,11 @@ def test_training_reads_its_shards_from_object_storage_while_it_runs(
     remote.upload(Path(dataset.path))
     manifest = read_manifest(remote)
     before = cluster.log_file.stat().st_size
-    stream = build_stream(
-        remote, manifest, SETTINGS, seed=4, global_batch_size=6, micro_batch_size=3, start_step=0, stop_step=9
-    )
+    dealing = Dealing(6, 3, num_workers=1)
+    streams = build_streams(remote, manifest, SETTINGS, dealing=dealing, seed=4, start_step=0, stop_step=9)
     # Building the graph looks at the footers of the first and the last shard only.
     assert cluster.log_file.read_bytes()[before:].count(b"GET OBJECT Bucket: clips Object: ramps/shards/") <= 2 * 3
-    [batches] = read_with_workers(stream, 1, 0, 6, 3)
+    [batches] = read_with_workers(streams, dealing)
     expected = read_examples(dataset, manifest, SETTINGS, (0, 54))
     assert np.array_equal(torch.cat([batch.audio_BS for batch in batches]).numpy(), expected["audio"])
     requests = cluster.log_file.read_text()

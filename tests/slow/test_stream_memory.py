@@ -97,32 +97,15 @@ def copy_ten_times(small: Path, large: Path) -> None:
 
 def read_epoch(dataset: Path, clip_seconds: float = 5.0) -> int:
     """Streams every clip once, as one training worker does; returns how many came."""
-    from beats_ray.data.stream import build_stream, execution_options
+    from beats_ray.data.lanes import Dealing
+    from beats_ray.data.stream import build_streams
 
     place = open_place(str(dataset))
     manifest = read_manifest(place)
     settings = StreamSettings(path=str(dataset), clip_seconds=clip_seconds, shuffle_window_clips=128, buffer_mib=64)
-    stream = build_stream(
-        place,
-        manifest,
-        settings,
-        seed=0,
-        global_batch_size=16,
-        micro_batch_size=16,
-        start_step=0,
-        stop_step=manifest.clips // 16,
-    )
-    stream.context.execution_options = execution_options(settings)
-    batches = iterate_micro_batches(
-        stream.iterator(),
-        16,
-        2,
-        first_step=0,
-        stop_step=manifest.clips // 16,
-        global_batch_size=16,
-        rank=0,
-        world_size=1,
-    )
+    dealing, steps = Dealing(16, 16, num_workers=1), manifest.clips // 16
+    (stream,) = build_streams(place, manifest, settings, dealing=dealing, seed=0, start_step=0, stop_step=steps)
+    batches = iterate_micro_batches([stream.iterator()], dealing, 0, 2, first_step=0, stop_step=steps)
     return sum(len(batch.clip_ids) for batch in batches)
 
 

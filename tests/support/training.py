@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from beats_ray.data.batches import MicroBatch, to_micro_batch
-from beats_ray.data.plan import micro_batch_start
+from beats_ray.data.lanes import Dealing
 from beats_ray.data.storage import open_place
 from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.context import WorkerContext
@@ -50,9 +50,10 @@ class SyntheticBatches:
         self._held_out_batches = held_out_batches
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
-        first, size = first_step * self._clips_per_step, self._micro_batch_size
+        size = self._micro_batch_size
+        dealing = Dealing(self._clips_per_step, size, self._world_size)
         for index in itertools.count():
-            start = micro_batch_start(first, index, self._rank, self._world_size, size)
+            _, start = dealing.micro_batch(first_step, index, self._rank)
             yield self._batch(np.arange(start, start + size))
 
     def held_out(self, part: str) -> Iterable[MicroBatch] | None:

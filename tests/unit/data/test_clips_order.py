@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beats_ray.data.clips import dealt_order
-from beats_ray.data.plan import micro_batch_start
+from beats_ray.data.lanes import Dealing
 
 pytestmark = pytest.mark.unit
 
@@ -15,9 +15,10 @@ def test_each_worker_gets_its_micro_batches_side_by_side_and_in_order(
 ) -> None:
     order = dealt_order(rounds * workers * micro_batch, micro_batch, workers)
     per_worker = order.reshape(workers, rounds, micro_batch)
+    dealing = Dealing(workers * micro_batch, micro_batch, workers)
     for rank in range(workers):
         for index in range(rounds):
-            start = micro_batch_start(0, index, rank, workers, micro_batch)
+            _, start = dealing.micro_batch(0, index, rank)
             assert per_worker[rank, index].tolist() == list(range(start, start + micro_batch))
     assert np.array_equal(np.sort(order), np.arange(rounds * workers * micro_batch))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from beats_ray.config import UserError
+from beats_ray.data.lanes import Dealing
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard
 from beats_ray.data.plan import (
     SAMPLES_PER_PATCH_ROW,
@@ -19,7 +20,6 @@ from beats_ray.data.plan import (
     balancing_weights,
     build_plan,
     crop_offset,
-    micro_batch_start,
     patch_labels_in,
 )
 
@@ -117,10 +117,11 @@ def test_any_number_of_workers_trains_on_the_same_clips_in_each_step(workers: in
     global_batch, micro_batch, steps = 12, 2, 9
     plan = build_plan(MANIFEST, seed=1, shuffle_window_clips=30)
     whole = clips_between(plan, 0, global_batch * steps)
-    per_step = global_batch // (micro_batch * workers)
+    dealing = Dealing(global_batch, micro_batch, workers)
+    per_step = dealing.num_micro_batches(1)
     for step in range(steps):
         starts = [
-            micro_batch_start(0, step * per_step + part, rank, workers, micro_batch)
+            dealing.micro_batch(0, step * per_step + part, rank)[1]
             for rank in range(workers)
             for part in range(per_step)
         ]

@@ -74,7 +74,7 @@ def test_the_look_at_where_to_go_on_is_tried_again(tmp_path: Path, monkeypatch: 
         return listing(place, recursive)
 
     monkeypatch.setattr(Place, "sizes", fails_once)
-    monkeypatch.setattr(streaming, "build_stream", look)
+    monkeypatch.setattr(streaming, "build_streams", look)
     run = streaming.StreamedRun(StreamSettings(path=str(tmp_path)), TrainSettings(), None, "", folder, {"train": None})  # type: ignore[arg-type]
     with pytest.raises(Found, match="20"):
         streaming.TrainStream(run).configure({"train": None}, 1, None, None)
