@@ -1,6 +1,6 @@
 """`beats-ray bench guard`: our speed beside that of others, as it is and as it was stored; a loss of over 15 % fails.
 
-    beats-ray bench guard            # or make bench-guard: some minutes on two cores
+    beats-ray bench guard            # or make bench-guard
     beats-ray bench guard --store    # takes today's ratios as those to be held
 
 Only ratios within one run are compared, never times: machines differ, and are busy. A ratio is a case's time over that
