@@ -1,13 +1,14 @@
 # make install                                                  .venv with the pinned packages and the command beats-ray
 # make demo [DATA=DIR|s3://...|gs://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
 # make test | test-slow | test-gpu [PYTHON=...] | check | audit  tests, checks, known vulnerabilities of the pins
+# make bench-gpu [PYTHON=...] | bench-guard                      speed on a GPU; speed beside others' against stored ratios
 # Every target makes .venv by itself, from the exact pins of constraints.txt, and again only when those change.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-gpu check audit format lock clean
+.PHONY: help install demo test test-slow test-gpu bench-gpu bench-guard check audit format lock clean
 
 UV_VERSION := 0.13.9
 PIP_AUDIT_VERSION := 2.10.1
@@ -23,7 +24,7 @@ DATA ?=
 OUTPUT ?=
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 install: $(STAMP)
 
@@ -40,10 +41,19 @@ test-slow: $(STAMP)
 ifdef PYTHON
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+bench-gpu:
+	@PYTHONPATH=. $(PYTHON) -m beats_ray bench gpu
 else
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(STAMP)
+	@$(BIN)/beats-ray bench gpu
 endif
+
+bench-guard: $(STAMP)
+	@$(BIN)/beats-ray bench guard
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -336,15 +336,28 @@ def predict(model: str, files: tuple[str, ...], top_k: int, as_json: bool) -> No
 
 
 @cli.command(epilog=_describe_fields(config.BenchConfig))
-@click.argument("name", type=click.Choice(typing.get_args(config.BenchConfig.model_fields["name"].annotation)))
+@click.argument(
+    "name", type=click.Choice([*typing.get_args(config.BenchConfig.model_fields["name"].annotation), "guard"])
+)
 @click.argument("overrides", metavar="[field=value ...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def bench(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Measure speed and memory beside what one would use instead."""
-    settings = load_config(config.BenchConfig, None, list(overrides), name=name)
+@click.option("--store", is_flag=True, help="guard: store the ratios that are measured instead of comparing them.")
+def bench(name: str, overrides: tuple[str, ...], as_json: bool, store: bool) -> int:
+    """Measure speed and memory beside what one would use instead.
+
+    `guard` compares the ratios of several of these with stored ones and fails on a loss of over 15 %.
+    """
+    if name == "guard" and (overrides or as_json):
+        given = overrides[0] if overrides else "--json"
+        raise UserError(f"bench guard {given}: takes nothing but --store; its settings are in bench/ratios.yaml")
+    if name != "guard" and store:
+        raise UserError(f"bench {name} --store: only guard stores ratios; leave --store out")
     console = Console()
     try:
-        _load("bench.run:run_bench")(settings, console, as_json)
+        if name == "guard":
+            return int(_load("bench.guard:run_guard")(console, store))
+        settings = load_config(config.BenchConfig, None, list(overrides), name=name)
+        return int(_load("bench.run:run_bench")(settings, console, as_json))
     finally:
         console.close()
 

@@ -829,28 +829,50 @@ class EmbedConfig(Job, InferenceSettings):
 
 
 class BenchConfig(Section):
-    name: Literal["ceilings", "checkpoint", "data", "encoder", "fbank", "pretrain"]
-    """What is measured."""
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "end-to-end": {
+            "preset": "tiny", "clips": 256, "seconds": 1.0, "repetitions": 1, "warmup": 0, "rounds": 1, "threads": 1,
+        },
+        "gpu": {"device": "cuda", "precision": "bf16", "repetitions": 10, "warmup": 3, "rounds": 1},
+        "profile": {"repetitions": 5, "warmup": 3},
+    }  # fmt: skip
+    """Benchmarks with other defaults than those below."""
+
+    name: Literal[
+        "ceilings", "checkpoint", "data", "encoder", "end-to-end", "fbank", "finetune", "gpu", "pretrain", "profile",
+        "tokenize",
+    ]  # fmt: skip
+    """What is measured. `gpu` is all of it that needs no cluster, on a GPU: bf16, 10 repetitions after 3 of warm-up,
+    one round; `profile` names the kernels of the pre-training step (5 repetitions after 3)."""
     preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
-    """Size of the encoder."""
+    """Size of the encoder; by default tiny for end-to-end."""
     clips: PositiveInt | None = None
-    """Clips of a step; by default 4, for fbank 64, and for data, whose step is one pass over them, 2048."""
+    """Clips of a step; by default 4, for fbank 64. A step of data is one pass over them, 2048; one of end-to-end a
+    whole run, 256 and 10 and 100 times as many. For gpu each part has its own number, which fits a GPU of 80 GB."""
     seconds: PositiveFloat = 10.0
-    """Length of a clip."""
+    """Length of a clip; by default 1 for end-to-end."""
     repetitions: PositiveInt = 3
-    """Measured steps of each case in each round."""
+    """Measured steps of each case in each round; by default 1 for end-to-end."""
     warmup: NonNegativeInt = 1
-    """Steps before them that do not count."""
+    """Steps before them that do not count; by default 0 for end-to-end."""
     rounds: PositiveInt = 2
-    """How often the cases take turns, each time in a new process."""
+    """How often the cases take turns, each time in new processes; by default 1 for end-to-end."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs."""
+    """Where the model runs; by default cuda for gpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs under autocast, with weights and gradients in fp32."""
+    """bf16 runs under autocast, with weights and gradients in fp32; what runs under DeepSpeed (checkpoint, profile,
+    end-to-end and our step of finetune) has bf16 weights and fp32 masters."""
     threads: PositiveInt = 2
-    """Threads of PyTorch on the CPU."""
+    """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
     seed: int = 0
     """Seed of weights, clips and masks."""
+    cases: tuple[str, ...] = ()
+    """Rows to measure, by their names; empty means all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_name(cls, values: Any) -> Any:
+        return cls.defaults.get(str(values.get("name")), {}) | values if isinstance(values, dict) else values
 
     @property
     def num_clips(self) -> int:

@@ -6,14 +6,32 @@ the models are imported in the case's own process only.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from beats_ray.config import BenchConfig
 
-Step = Callable[[], float | None]
+
+@dataclass(frozen=True)
+class Observation:
+    """What a step that runs processes of its own says of itself."""
+
+    seconds: float
+    """Of the work, without the start."""
+    start_seconds: float
+    clips: int
+    """That the work went through."""
+    peak_mib: float
+    """Of all its processes together."""
+    data_wait: float
+    """Share of the work in which the training processes stood still for data."""
+    parts_s: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the start by name, and what else is worth a column, seconds."""
+
+
+Step = Callable[[], float | Observation | None]
 """Does one unit of work; returns the seconds until its first result where that is a start and not the work itself."""
 
 
@@ -36,11 +54,49 @@ class Case:
     package: str = ""
     """What must be installed beyond our own dependencies."""
     cost: Callable[[BenchConfig], Cost] | None = None
-    """Where the step is set beside its formula."""
+    """By formula: for the floors of `ceilings`, elsewhere for the MFU."""
+    beside: str = ""
+    """The case that it is compared with; the first one where empty."""
+    in_fp32: bool = False
+    """Whether it computes in fp32 whatever the precision of the run."""
+    workers: int = 1
+    """Training processes, each of which needs a GPU of its own on CUDA."""
 
     def available(self) -> bool:
-        """Whether the case can run here."""
+        """Whether the package that the case needs is installed."""
         return not self.package or importlib.util.find_spec(self.package) is not None
+
+
+def int16_batch(config: BenchConfig) -> Any:
+    """A micro-batch of the run's clips as a stream gives it, in host memory, pinned where a GPU is to read it."""
+    import numpy as np
+
+    from beats_ray.data.batches import to_micro_batch
+
+    clips, samples = config.num_clips, round(config.seconds * 16_000)
+    audio = (np.random.default_rng(config.seed).normal(size=(clips, samples)) * 3000).astype(np.int16)
+    columns = {
+        "audio": audio,
+        "num_samples": np.full(clips, samples),
+        "targets": np.zeros((clips, 0), np.uint8),
+        "position": np.arange(clips),
+        "clip_id": np.array([f"clip-{index}" for index in range(clips)]),
+    }
+    return to_micro_batch(columns, pin_memory=config.device == "cuda")
+
+
+def training_process(config: BenchConfig) -> Any:
+    """The context of the one worker that a case is, with the process group that DeepSpeed asks for."""
+    import os
+
+    import torch.distributed as dist
+
+    from beats_ray.train.context import single_process_context
+
+    if config.device == "cuda" and not dist.is_initialized():  # as Ray Train does; a trial's is gloo
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return single_process_context(lambda _step, _metrics: None, use_gpu=config.device == "cuda")
 
 
 def random_waves(config: BenchConfig) -> Any:
@@ -111,6 +167,12 @@ def _formula_encoder(config: BenchConfig) -> Step:
 
 
 def _openbeats_encoder(config: BenchConfig) -> Step:
+    theirs, features = openbeats_encoder(config)
+    return training_step(config, theirs, features)
+
+
+def openbeats_encoder(config: BenchConfig) -> tuple[Any, Callable[[], Any]]:
+    """ESPnet's encoder in training mode, and what gives its features_BND of the run's clips."""
     import torch
     from openbeats.beats_encoder import BeatsEncoder
 
@@ -121,7 +183,7 @@ def _openbeats_encoder(config: BenchConfig) -> Step:
     theirs: Any = BeatsEncoder(0, beats_config=settings).to(config.device).train()
     wave_BS = random_waves(config)
     length_B = torch.full((config.num_clips,), wave_BS.shape[1], device=config.device)
-    return training_step(config, theirs, lambda: theirs(wave_BS, length_B)[0])
+    return theirs, lambda: theirs(wave_BS, length_B)[0]
 
 
 # --- one step of masked pre-training ----------------------------------------------------------------------------------
@@ -156,15 +218,36 @@ def _lazily(name: str, module: str = "data_cases") -> Callable[[BenchConfig], St
     return build
 
 
-def _with_cost(name: str, key: str) -> Case:
-    """A case of `ceiling_cases`, which has its cost too."""
+def _cost(key: str, **options: Any) -> Callable[[BenchConfig], Cost]:
+    """A formula of `costs.py`, which is imported when it is asked."""
 
     def cost(config: BenchConfig) -> Cost:
-        found: Cost = importlib.import_module("beats_ray.bench.costs").COSTS[key](config)
+        found: Cost = importlib.import_module("beats_ray.bench.costs").COSTS[key](config, **options)
         return found
 
-    return Case(name, _lazily(key, "ceiling_cases"), cost=cost)
+    return cost
 
+
+def _with_cost(name: str, key: str) -> Case:
+    """A case of `ceiling_cases`, which has its cost too."""
+    return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key))
+
+
+def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
+    """A case of `end_to_end_cases`: so many workers on so many times the clips."""
+
+    def build(config: BenchConfig) -> Step:
+        from beats_ray.bench.end_to_end_cases import pipeline
+
+        return pipeline(config, workers, times)
+
+    return Case(name, build, workers=workers)
+
+
+_ENCODER = _cost("encoder_step")
+_FINETUNING = _cost("finetuning_step")
+_RANDOM_LABELS = _cost("random_labels")
+_DISTILLED_LABELS = _cost("distilled_labels")
 
 BENCHES: dict[str, tuple[Case, ...]] = {
     "ceilings": (
@@ -192,14 +275,59 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         Case("webdataset", _lazily("webdataset_loader"), package="webdataset"),
     ),
     "encoder": (
-        Case("beats_ray", _our_encoder),
-        Case("beats_ray, attention kept", partial(_our_encoder, recompute_attention=False)),
-        Case("published formula", _formula_encoder),
-        Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats"),
+        Case("beats_ray", _our_encoder, cost=_ENCODER),
+        Case("beats_ray, attention kept", partial(_our_encoder, recompute_attention=False), cost=_ENCODER),
+        Case("published formula", _formula_encoder, cost=_ENCODER),
+        Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats", cost=_ENCODER),
+    ),
+    "end-to-end": (
+        _pipeline("1 worker"),
+        _pipeline("2 workers", workers=2),
+        _pipeline("4 workers", workers=4),
+        _pipeline("1 worker, 10x the clips", times=10),
+        _pipeline("1 worker, 100x the clips", times=100),
+    ),
+    "finetune": (
+        Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING),
+        Case("published formula", _lazily("formula_step", "finetune_cases"), cost=_FINETUNING),
+        Case("openbeats (ESPnet)", _lazily("openbeats_step", "finetune_cases"), package="openbeats", cost=_FINETUNING),
     ),
     "pretrain": (
-        Case("75 % masked, true positions", _masked_step("true")),
-        Case("75 % masked, compact positions", _masked_step("compact")),
-        Case("nothing masked", _our_encoder),
+        Case("75 % masked, true positions", _masked_step("true"), cost=_cost("masked_encoder_step")),
+        Case(
+            "75 % masked, compact positions",
+            _masked_step("compact"),
+            cost=_cost("masked_encoder_step", positions="compact"),
+        ),
+        Case("nothing masked", _our_encoder, cost=_ENCODER),
+        Case(
+            "whole step of a worker, 75 % masked",  # predictor and optimizer too: set beside nothing
+            _lazily("pretraining_step", "profile"),
+            cost=_cost("pretraining_step"),
+            beside="whole step of a worker, 75 % masked",
+        ),
+    ),
+    "tokenize": (
+        Case("random projection", _lazily("random_projection", "tokenize_cases"), cost=_RANDOM_LABELS, in_fp32=True),
+        Case(
+            "random projection, clip by clip",
+            _lazily("random_projection_clip_by_clip", "tokenize_cases"),
+            cost=_RANDOM_LABELS,
+            in_fp32=True,
+        ),
+        Case(
+            "distilled",
+            _lazily("distilled", "tokenize_cases"),
+            cost=_DISTILLED_LABELS,
+            beside="distilled",
+            in_fp32=True,
+        ),
+        Case(
+            "distilled, published formula",
+            _lazily("distilled_by_formula", "tokenize_cases"),
+            cost=_DISTILLED_LABELS,
+            beside="distilled",
+            in_fp32=True,
+        ),
     ),
 }

@@ -6,7 +6,7 @@ written. Caches hold some of it back and kernels move more, so it is a yardstick
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from beats_ray.bench.cases import Cost
 from beats_ray.config import BenchConfig
@@ -33,11 +33,15 @@ def labels() -> DatasetManifest:
 
 def _common(config: BenchConfig) -> dict[str, Any]:
     clips = config.num_clips
-    train = {"micro_batch_size": clips, "global_batch_size": clips, "precision": config.precision}
+    train = {
+        "micro_batch_size": clips, "global_batch_size": clips, "precision": config.precision,
+        "use_gpu": config.device == "cuda",
+    }  # fmt: skip
     return {"output": "-", "data": {"clip_seconds": config.seconds}, "train": train}
 
 
 def pretrain_settings(config: BenchConfig) -> Any:
+    """Of pre-training on labels that come with the clips, as from iteration 2 on."""
     from beats_ray.config import PretrainConfig
 
     masking = {"ratio": MASKED}
@@ -130,14 +134,15 @@ def encoder_step_cost(config: BenchConfig) -> Cost:
     return Cost(config.num_clips * flops, _step_bytes(kept, _encoder_weights(config)))
 
 
-def masked_encoder_step_cost(config: BenchConfig) -> Cost:
+def masked_encoder_step_cost(config: BenchConfig, positions: Literal["true", "compact"] = "true") -> Cost:
     from beats_ray.train.flops import encoder_flops, masked_counts, patch_embedding_flops
     from beats_ray.train.memory import encoder_bytes
 
     encoder, patches = _encoder_of(config)
     visible, _ = masked_counts(patches, pretrain_settings(config).masking)
-    forward = encoder_flops(encoder, visible, grid_patches=patches)
-    kept = encoder_bytes(encoder, config.num_clips, visible, config.precision, grid_patches=patches)
+    grid = patches if positions == "true" else visible
+    forward = encoder_flops(encoder, visible, grid_patches=grid)
+    kept = encoder_bytes(encoder, config.num_clips, visible, config.precision, grid_patches=grid)
     return Cost(
         config.num_clips * (3 * forward - patch_embedding_flops(encoder, visible)),
         _step_bytes(kept, _encoder_weights(config)),
@@ -154,6 +159,17 @@ def random_labels_cost(config: BenchConfig) -> Cost:
     moved = config.num_clips * patches * (4 * values + 8)  # patches read, int64 labels written
     weights = sum(one.nbytes for one in tokenizer.buffers())
     return Cost(config.num_clips * tokenizer_flops(describe_model(tokenizer), patches), moved + weights)
+
+
+def distilled_labels_cost(config: BenchConfig) -> Cost:
+    """Of the encoder's pass and the nearest codes; the bytes of the latter, a per cent, are left out."""
+    from beats_ray.models.tokenizers import TokenizerConfig
+    from beats_ray.train.flops import tokenizer_flops
+
+    encoder, patches = _encoder_of(config)
+    tokenizer = TokenizerConfig(encoder=encoder).model_dump()
+    published = {"kind": "self_distilled_tokenizer", "config": {"tokenizer": tokenizer}}
+    return Cost(config.num_clips * tokenizer_flops(published, patches), encoder_forward_cost(config).bytes)
 
 
 def _task_cost(config: BenchConfig, kind: Any, settings: Any, published: Any, module: Callable[[], Any]) -> Cost:
@@ -200,7 +216,7 @@ def finetuning_step_cost(config: BenchConfig) -> Cost:
     )  # fmt: skip
 
 
-COSTS: dict[str, Callable[[BenchConfig], Cost]] = {
+COSTS: dict[str, Callable[..., Cost]] = {
     "matrix_product": matrix_product_cost,
     "memory_copy": memory_copy_cost,
     "filterbank": filterbank_cost,
@@ -208,6 +224,7 @@ COSTS: dict[str, Callable[[BenchConfig], Cost]] = {
     "encoder_step": encoder_step_cost,
     "masked_encoder_step": masked_encoder_step_cost,
     "random_labels": random_labels_cost,
+    "distilled_labels": distilled_labels_cost,
     "pretraining_step": pretraining_step_cost,
     "tokenizer_step": tokenizer_step_cost,
     "finetuning_step": finetuning_step_cost,

@@ -10,7 +10,7 @@ import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from beats_ray.bench.cases import Step
 from beats_ray.config import BenchConfig, RaySettings, StreamSettings
 
 BATCH_CLIPS = 16
@@ -26,8 +27,6 @@ SHARD_ROW_GROUPS = 4
 STORE_MIB = 2048
 DISTINCT_CLIPS = 64
 """Synthesised clips; the data set repeats them under other names."""
-
-Step = Callable[[], float | None]
 
 
 def bare_limit(config: BenchConfig) -> Step:
@@ -56,7 +55,7 @@ def our_stream(config: BenchConfig) -> Step:
     from beats_ray.data.stream import read_alone
     from beats_ray.launch import ray_cluster
 
-    folder = _shards(config)
+    folder = write_shards(config)
     cluster = ray_cluster(RaySettings(address="local", object_store_mib=STORE_MIB))
     cluster.__enter__()
     Finalize(None, cluster.__exit__, (None, None, None), exitpriority=0)  # when the process of this case ends
@@ -80,7 +79,7 @@ def torch_loader(config: BenchConfig) -> Step:
     """PyTorch's DataLoader over the same Parquet shards: one item a row group, a worker process for each core."""
     from torch.utils.data import DataLoader, Dataset
 
-    folder = _shards(config)
+    folder = write_shards(config)
 
     class RowGroups(Dataset[Any]):
         def __init__(self) -> None:
@@ -202,7 +201,7 @@ def _folder(config: BenchConfig) -> Path:
     return folder
 
 
-def _shards(config: BenchConfig) -> str:
+def write_shards(config: BenchConfig) -> str:
     """A prepared data set of the clips, made once on this machine."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,94 +1,66 @@
-"""Runs the cases of a benchmark in turns, each in a process of its own, and prints them side by side."""
+"""Runs a benchmark and prints its cases side by side."""
 
 import json
-import multiprocessing
 import statistics
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from beats_ray.bench.cases import BENCHES, Case, Cost, Step
+from beats_ray.bench.cases import BENCHES
 from beats_ray.bench.floor import find_floors, show_floors
+from beats_ray.bench.measure import Failed, Measured, cases_of, measure
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
 
-MIB = 2**20
+
+def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> int:
+    """Measures every case of `config.name` and prints a table, or one JSON object; returns the exit status.
+
+    Each case is set beside its reference, which is the first one unless it says otherwise. A case that fails is named
+    after the figures of the others, and the status is 1.
+    """
+    check_device(config)
+    if config.name == "gpu":
+        from beats_ray.bench.suite import run_suite
+
+        return run_suite(config, console, as_json)
+    if config.name == "profile":
+        from beats_ray.bench.profile import run_profile
+
+        return run_profile(config, console, as_json)
+    tell = say_nothing if as_json else console.note
+    tell(f"bench {config.name}: {describe(config)}")
+    _, lacking = cases_of(config)
+    if lacking:
+        tell(f"left out: {', '.join(lacking)}")
+    measured, failed = measure(config, tell)
+    if as_json:
+        print(json.dumps({"config": config.model_dump(mode="json")} | report(config, measured, failed)))
+    else:
+        _show(config, measured, console)
+        name_failures(failed, console)
+    return 1 if failed else 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One case: times of its steps over all rounds, and the most memory that a step needed."""
-
-    case: str
-    step_ms: list[float]
-    """Without the start."""
-    start_ms: list[float]
-    """Until the first result, where a step has one before its end."""
-    cpu_ms: list[float]
-    """CPU time of the process in each step, of all threads: what other work on the machine does not change."""
-    peak_mib: float
-    """Beyond what the process held before the model was built (CPU), or all that was allocated (GPU)."""
-    clips_per_step: int
-    cost: Cost | None = None
-    """By formula, of a step."""
-
-    @property
-    def median_ms(self) -> float:
-        """Median time of a step."""
-        return statistics.median(self.step_ms)
-
-    @property
-    def clips_per_s(self) -> float:
-        """Clips in a second at the median."""
-        return 1000.0 * self.clips_per_step / self.median_ms
-
-
-def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> list[Measured]:
-    """Measures every case of `config.name` and prints a table, or one JSON object; the first case is the reference."""
-    _check_device(config)
-    cases = [case for case in BENCHES[config.name] if case.available()]
-    left_out = [case.name for case in BENCHES[config.name] if not case.available()]
-    tell = _say_nothing if as_json else console.note
-    tell(f"bench {config.name}: {_describe(config)}")
-    if left_out:
-        tell(f"left out, package not installed: {', '.join(left_out)}")
-    times: dict[str, list[float]] = {case.name: [] for case in cases}
-    starts: dict[str, list[float]] = {case.name: [] for case in cases}
-    cpu_times: dict[str, list[float]] = {case.name: [] for case in cases}
-    peaks = {case.name: 0.0 for case in cases}
-    clips = {case.name: 0 for case in cases}
-    costs: dict[str, Cost | None] = {}
-    for turn in range(config.rounds):
-        for case in cases:
-            tell(f"round {turn + 1}/{config.rounds}: {case.name}")
-            found = _in_a_process(case, config)
-            times[case.name] += found["step_ms"]
-            starts[case.name] += found["start_ms"]
-            cpu_times[case.name] += found["cpu_ms"]
-            peaks[case.name] = max(peaks[case.name], found["peak_mib"])
-            clips[case.name] = found["clips"]
-            costs[case.name] = found["cost"]
-    measured = [
-        Measured(name, times[name], starts[name], cpu_times[name], peaks[name], clips[name], costs[name])
-        for name in (case.name for case in cases)
-    ]
-    _show(config, measured, console, as_json)
-    return measured
-
-
-def _describe(config: BenchConfig) -> str:
+def describe(config: BenchConfig) -> str:
+    """What is measured, and on what, in one line."""
     threads = f", {config.threads} threads" if config.device == "cpu" else ""
     clips = f"{config.num_clips} clips of {config.seconds:g} s"
-    has_model = config.name in ("ceilings", "checkpoint", "encoder", "pretrain")
-    model = f"{config.preset} encoder, {config.precision}, " if has_model else ""
+    model = "" if config.name in ("data", "fbank") else f"{config.preset} encoder, {_precision(config)}, "
     return f"{model}{clips}, {config.device}{threads}"
 
 
-def _say_nothing(_text: str) -> None:
-    return None
+def _precision(config: BenchConfig) -> str:
+    cases = BENCHES.get(config.name, ())
+    return "fp32" if cases and all(case.in_fp32 for case in cases) else config.precision
 
 
-def _check_device(config: BenchConfig) -> None:
+def say_nothing(_text: str) -> None:
+    """Where JSON is all that is printed."""
+
+
+def check_device(config: BenchConfig) -> None:
+    """ConfigError where the device is not there."""
     if config.device == "cuda":
         import torch
 
@@ -96,102 +68,96 @@ def _check_device(config: BenchConfig) -> None:
             raise ConfigError("device=cuda: no CUDA device is visible; use device=cpu, or a machine with a GPU")
 
 
-def _show(config: BenchConfig, measured: list[Measured], console: Console, as_json: bool) -> None:
-    reference = measured[0]
-    if as_json:
-        rows = [asdict(one) | {"median_ms": one.median_ms, "clips_per_s": one.clips_per_s} for one in measured]
-        floors = {"floors": [asdict(one) for one in find_floors(measured)]} if config.name == "ceilings" else {}
-        print(json.dumps({"config": config.model_dump(mode="json"), "cases": rows} | floors))
-        return
+def name_failures(failed: list[Failed], console: Console) -> None:
+    """Says which cases failed and why."""
+    for one in failed:
+        console.note(f"{one.case} failed: {one.reason.rstrip()}")
+
+
+def labels_per_s(config: BenchConfig, one: Measured) -> float | None:
+    """Patch labels in a second, of what computes them."""
+    if config.name != "tokenize":
+        return None
+    from beats_ray.models import num_patches
+
+    return one.clips_per_s * num_patches(round(config.seconds * 16_000))
+
+
+def reference_of(config: BenchConfig, case: str) -> str:
+    """The case that a case is set beside."""
+    cases = BENCHES[config.name]
+    return next(one.beside for one in cases if one.name == case) or cases[0].name
+
+
+def report(config: BenchConfig, measured: list[Measured], failed: list[Failed]) -> dict[str, Any]:
+    """All figures, for JSON."""
+    rows = []
+    for one in measured:
+        derived = {"median_ms": one.median_ms, "clips_per_s": one.clips_per_s, "mfu": one.mfu}
+        labels = labels_per_s(config, one)
+        rows.append(asdict(one) | derived | ({} if labels is None else {"labels_per_s": labels}))
+    found: dict[str, Any] = {"cases": rows, "failed": [asdict(one) for one in failed]}
+    if config.name == "ceilings" and len(measured) > 2 and not failed:
+        found["floors"] = [asdict(one) for one in find_floors(measured)]
+    return found
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _show(config: BenchConfig, measured: list[Measured], console: Console) -> None:
     if config.name == "ceilings":
-        show_floors(measured, console, by_cpu_time=config.device == "cpu")
+        if [one.case for one in measured[:2]] == [case.name for case in BENCHES["ceilings"][:2]]:
+            show_floors(measured, console, by_cpu_time=config.device == "cpu")
         return
-    table = [
-        (
-            one.case,
-            f"{one.median_ms:.1f}",
-            f"{min(one.step_ms):.1f}-{max(one.step_ms):.1f}",
-            f"{statistics.median(one.start_ms):.0f}",
-            f"{one.clips_per_s:.2f}",
-            f"{one.median_ms / reference.median_ms:.2f}",
-            f"{one.peak_mib:.0f}",
-            f"{one.peak_mib / max(reference.peak_mib, 1.0):.2f}",
-        )
-        for one in measured
-    ]
-    columns = [
-        "case",
-        "ms/step, median",
-        "min-max",
-        "start ms",
-        "clips/s",
-        f"time / {reference.case}",
-        "peak MiB",
-        "memory, ratio",
-    ]
-    console.table(f"bench {config.name}", columns, table)
+    columns = figures(config, measured)
+    console.table(f"bench {config.name}", list(columns), list(zip(*columns.values(), strict=True)))
+    if any(one.mfu is not None for one in measured):
+        console.note(f"MFU: model FLOPs without what is computed twice, over {_peaks(measured)}")
 
 
-def _in_a_process(case: Case, config: BenchConfig) -> dict[str, Any]:
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_measure, args=(sender, config, case.name))
-    process.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"bench {config.name}: case {case.name!r} ended with status {process.exitcode} (-9: out of memory); "
-            "lower clips or seconds"
-        ) from None
-    process.join()
-    return dict(found)
-
-
-def _measure(sender: Any, config: BenchConfig, name: str) -> None:
-    """In the case's process: build, warm up, repeat."""
-    import torch
-
-    case = next(one for one in BENCHES[config.name] if one.name == name)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    before = _peak_bytes(config)
-    step = case.build(config)
-    clips = config.num_clips
-    timed = [_timed(step, config) for _ in range(config.warmup + config.repetitions)][config.warmup :]
-    times, starts, cpu_times = (list(column) for column in zip(*timed, strict=True))
-    sender.send(
-        {
-            "step_ms": times,
-            "start_ms": starts,
-            "cpu_ms": cpu_times,
-            "peak_mib": (_peak_bytes(config) - before) / MIB,
-            "clips": clips,
-            "cost": None if case.cost is None else case.cost(config),
-        }
+def _peaks(measured: list[Measured]) -> str:
+    peaks = [one.peak_flops for one in measured if one.peak_flops is not None]
+    shown = (
+        f"{min(peaks) / 1e12:.3g}"
+        if max(peaks) < 1.005 * min(peaks)
+        else f"{min(peaks) / 1e12:.3g}-{max(peaks) / 1e12:.3g}"
     )
-    sender.close()
+    return f"{shown} TFLOP/s: the GPU's data sheet, or a matrix product in the same process"
 
 
-def _timed(step: Step, config: BenchConfig) -> tuple[float, float, float]:
-    """Milliseconds of the work, of the start before it, and of CPU time in both."""
-    started, cpu_started = time.perf_counter(), time.process_time()
-    start = step() or 0.0
-    if config.device == "cuda":
-        import torch
+def figures(config: BenchConfig, measured: list[Measured]) -> dict[str, Sequence[str]]:
+    """The columns of a benchmark's table; those that say nothing of any case are left out."""
+    by_name = {one.case: one for one in measured}
+    reference = {one.case: by_name.get(reference_of(config, one.case)) for one in measured}
+    several = len({reference_of(config, one.case) for one in measured}) > 1
+    ratio_title = "time, ratio" if several else f"time / {reference_of(config, measured[0].case)}" if measured else ""
 
-        torch.cuda.synchronize()
-    cpu = time.process_time() - cpu_started
-    return (time.perf_counter() - started - start) * 1000.0, start * 1000.0, cpu * 1000.0
+    def ratio(one: Measured, of: Callable[[Measured], float]) -> str:
+        beside = reference[one.case]
+        return "-" if beside is None else f"{of(one) / max(of(beside), 1e-9):.2f}"
 
-
-def _peak_bytes(config: BenchConfig) -> int:
-    if config.device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    columns: dict[str, Sequence[str]] = {
+        "case": [one.case for one in measured],
+        "ms/step, median": [f"{one.median_ms:.1f}" for one in measured],
+        "min-max": [f"{min(one.step_ms):.1f}-{max(one.step_ms):.1f}" for one in measured],
+        "start ms": [f"{statistics.median(one.start_ms):.0f}" for one in measured],
+        "clips/s": [f"{one.clips_per_s:.2f}" for one in measured],
+        "labels/s": ["-" if (rate := labels_per_s(config, one)) is None else f"{rate:,.0f}" for one in measured],
+        "MFU": ["-" if one.mfu is None else f"{one.mfu:.1%}" for one in measured],
+        "data wait": ["-" if one.data_wait is None else f"{one.data_wait:.1%}" for one in measured],
+        "J/clip": ["-" if one.joules_per_clip is None else f"{one.joules_per_clip:.3g}" for one in measured],
+        "beside": [reference_of(config, one.case) if several else "-" for one in measured],
+        ratio_title: [ratio(one, lambda case: case.median_ms / case.clips_per_step) for one in measured],
+        "peak MiB": [f"{one.peak_mib:.0f}" for one in measured],
+        "memory, ratio": [ratio(one, lambda case: max(case.peak_mib, 1.0)) for one in measured],
+    }
+    parts = {f"{part}, s": part for one in measured for part in one.parts_s}
+    for title, part in parts.items():
+        columns[title] = [
+            f"{statistics.median(one.parts_s[part]):.1f}" if part in one.parts_s else "-" for one in measured
+        ]
+    said = {name: values for name, values in columns.items() if name == "case" or any(one != "-" for one in values)}
+    if all(float(value) == 0.0 for value in said.get("start ms", ())):
+        said.pop("start ms", None)
+    return said

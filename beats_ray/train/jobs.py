@@ -131,6 +131,16 @@ def fit_run(run: Run, console: Console) -> Written:
     return _train(run, console)
 
 
+def fit_with(kind: RunKind, config: RunConfig, worker: Callable[[dict[str, Any]], None]) -> None:
+    """Checks a run and has `worker` run it on each Ray Train worker, instead of `train_worker`, with the same payload.
+
+    For whoever measures a run: nothing is remembered of it as a stage.
+    """
+    run = _checked(kind, config, None)
+    check_fits(run.train, run.data, streams=_open_streams(run))
+    _fit(run, worker=worker)
+
+
 def fit_in_trial(run: Run, callbacks: Sequence[Any]) -> None:
     """A checked run on Ray Train, inside a trial of Ray Tune, whose `callbacks` hear of its reports."""
     _fit(run, callbacks)
@@ -179,7 +189,7 @@ def _written(run: Run) -> Written:
     return [("model", (run.output / "model").uri), ("metrics", (run.output / "metrics.jsonl").uri)]
 
 
-def _fit(run: Run, callbacks: Sequence[Any] = ()) -> None:
+def _fit(run: Run, callbacks: Sequence[Any] = (), worker: Callable[[dict[str, Any]], None] | None = None) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -205,7 +215,7 @@ def _fit(run: Run, callbacks: Sequence[Any] = ()) -> None:
     scratch = run.output / "ray-train"
     rules = failure_rules(run.output / "checkpoints", settings)
     trainer = TorchTrainer(
-        train_worker,
+        worker or train_worker,
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,  # type: ignore[arg-type]  # a pair makes it elastic

@@ -3,21 +3,36 @@
 import contextlib
 import io
 import json
-import multiprocessing
+import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from beats_ray import cli
-from beats_ray.bench import ceiling_cases, checkpoint_cases, run
+from beats_ray.bench import ceiling_cases, checkpoint_cases, measure, processes, suite
 from beats_ray.bench.cases import BENCHES, Case
+from beats_ray.bench.end_to_end_cases import observe
+from beats_ray.bench.energy import joules_per_clip
+from beats_ray.bench.measure import Failed, Measured, measure_case
+from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.bench.released_formula import FormulaEncoder, per_clip_fbank
-from beats_ray.bench.run import run_bench
+from beats_ray.bench.run import figures, run_bench
+from beats_ray.bench.tokenize_cases import fitted_tokenizer, label_by_formula, label_clip_by_clip
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
-from beats_ray.models import BeatsEncoder, compute_fbank, encoder_config, normalise_fbank
+from beats_ray.models import (
+    BeatsEncoder,
+    RandomProjectionTokenizer,
+    compute_fbank,
+    encoder_config,
+    normalise_fbank,
+    num_patches,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -39,20 +54,18 @@ def test_the_published_formula_gives_our_features() -> None:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cases without a process of their own, each of which would import PyTorch and DeepSpeed again."""
 
-    def measure(case: Case, config: BenchConfig) -> Any:
-        receiver, sender = multiprocessing.Pipe(duplex=False)
+    def in_here(cases: list[Case], config: BenchConfig, _deadline: float | None) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed logs there
-            run._measure(sender, config, case.name)
-        return receiver.recv()
+            return [measure_case(case, config) for case in cases]
 
-    monkeypatch.setattr(run, "_in_a_process", measure)
+    monkeypatch.setattr(measure, "_in_a_process", in_here)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("name", [name for name in BENCHES if name != "data"])  # that one starts a cluster
+@pytest.mark.parametrize("name", sorted(set(BENCHES) - {"data", "end-to-end"}))  # those start a cluster
 def test_every_case_is_measured_and_reported(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,13 +73,16 @@ def test_every_case_is_measured_and_reported(
     monkeypatch.setitem(ceiling_cases.MATRIX_SIDE, "cpu", 64)
     monkeypatch.setattr(ceiling_cases, "COPIED_BYTES", 2**20)
     config = BenchConfig(name=name, preset="tiny", clips=2, seconds=1.0, repetitions=2, rounds=1, threads=1)  # type: ignore[arg-type]
-    run_bench(config, Console(), as_json=True)
+    assert run_bench(config, Console(), as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["preset"] == "tiny"
     assert [row["case"] for row in report["cases"]] == [case.name for case in BENCHES[name] if case.available()]
     for row in report["cases"]:
         assert len(row["step_ms"]) == 2
         assert row["clips_per_s"] == pytest.approx(2000.0 / row["median_ms"])
+    with_mfu = {case.name for case in BENCHES[name] if case.cost is not None and name != "ceilings"}
+    assert {row["case"] for row in report["cases"] if row["mfu"] is not None} == with_mfu
+    assert all(row["mfu"] > 0.0 for row in report["cases"] if row["mfu"] is not None)
     stages = [case.name for case in BENCHES[name]][2:] if name == "ceilings" else []
     assert [floor["case"] for floor in report.get("floors", [])] == stages
 
@@ -85,3 +101,188 @@ def test_the_table_names_all_cases_each_measured_in_a_process_of_its_own(capsys:
 def test_a_missing_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match="device=cuda: no CUDA device is visible"):
         run_bench(BenchConfig(name="fbank", device="cuda"), Console())
+
+
+def test_labels_of_the_yardsticks_are_ours() -> None:
+    """All but those on the border between two codes, where a filterbank differs by rounding."""
+    config = BenchConfig(name="tokenize", preset="tiny")
+    wave_BS = 0.1 * torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0))
+    projection, distilled = RandomProjectionTokenizer(), fitted_tokenizer(config)
+    formula = FormulaEncoder(distilled.config.encoder).eval()
+    formula.take_weights(distilled.encoder.state_dict())
+    with torch.inference_mode():
+        pairs = [
+            (projection.label_fbank(*compute_fbank(wave_BS)), label_clip_by_clip(projection, wave_BS)),
+            (distilled.label_fbank(*compute_fbank(wave_BS)), label_by_formula(distilled, formula, wave_BS)),
+        ]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape == (2, num_patches(32_000))
+        assert (ours == theirs).float().mean() > 0.98
+        assert len(ours.unique()) > 5
+
+
+def broken(_config: BenchConfig) -> Any:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_case_that_fails_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_here(cases: list[Case], config: BenchConfig, _deadline: float | None) -> Any:
+        sent: list[Any] = []
+        measure._measure_all(sent.append, config, tuple(case.name for case in cases))
+        return sent
+
+    monkeypatch.setattr(measure, "_in_a_process", in_here)
+    monkeypatch.setitem(BENCHES, "fbank", (Case("broken", broken), *BENCHES["fbank"]))
+    config = BenchConfig(name="fbank", clips=2, seconds=1.0, repetitions=1, rounds=2, threads=1)
+    assert run_bench(config, Console()) == 1
+    out = capsys.readouterr().out
+    assert "broken failed" in out
+    assert "no such kernel" in out
+    assert "│ torchaudio, clip by clip" in out
+
+
+def test_what_is_not_measured_in_time_is_named() -> None:
+    config = BenchConfig(name="fbank", clips=2, seconds=1.0, repetitions=1, rounds=1, threads=1)
+    measured, failed = measure.measure(config, lambda _text: None, deadline=time.monotonic())
+    assert not measured
+    assert [one.case for one in failed] == [case.name for case in BENCHES["fbank"]]
+    assert all("time was up" in one.reason for one in failed)
+
+
+def test_energy_is_what_the_counter_moved_over_the_clips_of_at_least_the_time() -> None:
+    """A step takes 0.3 s at 500 W; the counter had 1,000 J before."""
+    now = [0.0]
+
+    def step() -> None:
+        now[0] += 0.3
+
+    found = joules_per_clip(
+        step, clips=5, read_joules=lambda: 1000.0 + 500.0 * now[0], seconds=2.0, clock=lambda: now[0]
+    )
+    assert found == pytest.approx(500.0 * 0.3 / 5)
+    assert now[0] == pytest.approx(2.1)
+
+
+def told(*reports: tuple[float, float, int, float]) -> dict[str, Any]:
+    rows = [
+        {"at": 1000.0 + seconds, "seconds": seconds, "clips": clips, "data/wait_fraction": wait, "step": at}
+        for at, seconds, clips, wait in reports
+    ]
+    return {"began": 995.0, "reports": rows}
+
+
+def test_a_run_s_start_ends_with_its_first_step_and_its_rate_begins_there() -> None:
+    found = observe(
+        told((1, 4.0, 16, 0.75), (2, 5.0, 32, 0.2), (3, 8.0, 48, 0.1)), ray_s=6.0, fit_started=980.0, peak_mib=100.0
+    )
+    assert found.parts_s == {
+        "Ray": 6.0, "workers": 15.0, "model, engine": 5.0, "first batch": pytest.approx(3.0),
+        "first step": pytest.approx(1.0),
+    }  # fmt: skip
+    assert found.start_seconds == pytest.approx(30.0)
+    assert (found.seconds, found.clips) == (4.0, 32)
+    assert found.data_wait == pytest.approx((0.2 * 1.0 + 0.1 * 3.0) / 4.0)
+
+
+def measured(case: str, step_ms: float, clips: int, **others: Any) -> Measured:
+    return Measured(case, [step_ms], [0.0], [step_ms], 100.0, clips, **others)
+
+
+def test_the_ratio_of_unequal_numbers_of_clips_is_that_of_a_clip_s_time() -> None:
+    config = BenchConfig(name="end-to-end")
+    columns = figures(
+        config, [measured("1 worker", 1000.0, 10, data_wait=0.02), measured("1 worker, 10x the clips", 9000.0, 100)]
+    )
+    assert columns["time / 1 worker"] == ["1.00", "0.90"]
+    assert columns["data wait"] == ["2.0%", "-"]
+    assert "J/clip" not in columns
+
+
+def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_visible_gpus", lambda: 2)
+    cases, lacking = measure.cases_of(BenchConfig(name="end-to-end", device="cuda"))
+    assert [case.name for case in cases] == [
+        "1 worker",
+        "2 workers",
+        "1 worker, 10x the clips",
+        "1 worker, 100x the clips",
+    ]
+    assert lacking == ["4 workers (needs 4 GPUs, 2 visible)"]
+
+
+def test_the_suite_measures_every_part_and_ends_with_one_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {}
+
+    def fake(config: BenchConfig, _tell: object, _deadline: float) -> tuple[list[Measured], list[Failed]]:
+        seen[config.name] = config.num_clips
+        names = [case.name for case in BENCHES[config.name]]
+        lost = [Failed(names.pop(), "OutOfMemoryError")] if config.name == "encoder" else []
+        if config.name == "ceilings":
+            return [], lost
+        return [measured(name, 10.0, config.num_clips, joules_per_clip=0.25) for name in names], lost
+
+    monkeypatch.setattr(suite, "measure", fake)
+    monkeypatch.setattr(suite, "profile_apart", lambda _config, _deadline: "no profiler")
+    assert suite.run_suite(BenchConfig(name="gpu", device="cpu"), Console()) == 1
+    assert seen == {name: clips for name, clips in suite.PARTS.items() if name != "profile"}
+    out = capsys.readouterr().out
+    assert "encoder: openbeats (ESPnet) failed: OutOfMemoryError" in out
+    assert "profile failed: no profiler" in out
+    table = out[out.index("bench gpu: cpu, base encoder, bf16, 10 s") :]
+    rows = [line for line in table.splitlines() if line.startswith("│")]
+    assert len(rows) == sum(len(BENCHES[name]) for name in suite.PARTS if name in BENCHES and name != "ceilings") - 1
+    assert all("0.25" in row for row in rows)
+
+
+def test_defaults_follow_the_benchmark_and_give_way_to_what_is_set() -> None:
+    assert (BenchConfig(name="gpu").device, BenchConfig(name="gpu").precision) == ("cuda", "bf16")
+    assert BenchConfig(name="gpu", device="cpu").device == "cpu"
+    assert (BenchConfig(name="end-to-end").preset, BenchConfig(name="end-to-end", preset="base").preset) == (
+        "tiny",
+        "base",
+    )
+    assert BenchConfig(name="encoder").preset == "base"
+
+
+def test_a_case_that_a_benchmark_has_not_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"cases=\['torchaudo'\].* choose among: beats_ray, one batch; torchaudio"):
+        run_bench(BenchConfig(name="fbank", cases=("torchaudo", "beats_ray, one batch")), Console())
+
+
+def send_and_die(send: Send, status: int) -> None:
+    send("first")
+    os._exit(status)
+
+
+def wait_forever(send: Send, path: str) -> None:
+    send("ready")
+    try:
+        time.sleep(600.0)
+    finally:
+        Path(path).write_text("cleaned up")
+
+
+def test_what_a_process_sent_before_it_died_is_there() -> None:
+    got = messages_from(send_and_die, (3,))
+    assert next(got) == "first"
+    with pytest.raises(Lost, match="status 3"):
+        next(got)
+    assert list(messages_from(send_and_die, (0,))) == ["first"]
+
+
+def test_a_process_is_ended_at_its_deadline_and_cleans_up_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    got = messages_from(wait_forever, (str(tmp_path / "end"),), deadline=300.0)
+    assert next(got) == "ready"
+    now[0] = 300.0
+    with pytest.raises(Lost, match="the time was up"):
+        next(got)
+    assert (tmp_path / "end").read_text() == "cleaned up"

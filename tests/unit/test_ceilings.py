@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beats_ray.bench import ceiling_cases, costs
 from beats_ray.bench.cases import BENCHES, Cost
 from beats_ray.bench.floor import find_floors
-from beats_ray.bench.run import Measured
+from beats_ray.bench.measure import Measured
 from beats_ray.config import BenchConfig, FinetuneConfig
 from beats_ray.models import compute_fbank, encoder_config, num_frames
 from beats_ray.models.transformer import TransformerStack

@@ -1,0 +1,177 @@
+"""The whole pipeline: shards, Ray Data's stream, Ray Train's workers, and the masked pre-training step.
+
+One step of this benchmark is one run over all clips once, on a cluster of its own on this machine. Its start ends with
+the first optimizer step; the time, the data wait and the rate are those of the steps after it. The global batch is the
+same for any number of workers. Labels are those of the random projection, computed on the fly.
+
+`beats-ray bench end-to-end` holds the time of a clip on 1, 10 and 100 times as many clips against that on the first:
+a pipeline that is linear gives 1. Clips are short, so that it is their number that grows and not the hours of sound.
+"""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from beats_ray.bench.cases import Observation, Step
+from beats_ray.config import BenchConfig, RaySettings
+
+MICRO_BATCH_CLIPS = 4
+GLOBAL_BATCH_CLIPS = 16
+SAMPLE_SECONDS = 1.0
+STORE_MIB = 1024
+RESULT_FILE = "bench.json"
+
+
+def pipeline(config: BenchConfig, workers: int = 1, times: int = 1) -> Step:
+    """A run with so many workers on so many times `config.num_clips` clips."""
+    from beats_ray.bench.data_cases import write_shards
+
+    steps = max(2, config.num_clips * times // GLOBAL_BATCH_CLIPS)
+    config = config.model_copy(update={"clips": steps * GLOBAL_BATCH_CLIPS})
+    folder = write_shards(config)
+
+    def step() -> Observation:
+        with tempfile.TemporaryDirectory(prefix="beats-ray-bench-") as output, peak_memory() as peak_mib:
+            ray_s, fit_started = _run(config, workers, steps, folder, output)
+            told = json.loads(Path(output, RESULT_FILE).read_text())
+            return observe(told, ray_s, fit_started, peak_mib())
+
+    return step
+
+
+def _run(config: BenchConfig, workers: int, steps: int, folder: str, output: str) -> tuple[float, float]:
+    """Runs it; returns the seconds in which Ray started, and when the run was handed over (`time.time`)."""
+    from beats_ray.launch import ray_cluster
+    from beats_ray.train.jobs import fit_with
+
+    started = time.time()
+    cores = os.cpu_count() or 1
+    settings = RaySettings(address="local", object_store_mib=STORE_MIB, num_cpus=max(2 * cores, workers + 3))
+    with ray_cluster(settings):
+        ray_s = time.time() - started
+        fit_started = time.time()
+        fit_with("pretrain", _run_config(config, workers, steps, folder, output), partial(_worker, config.threads))
+    return ray_s, fit_started
+
+
+def _run_config(config: BenchConfig, workers: int, steps: int, folder: str, output: str) -> Any:
+    from beats_ray.config import PretrainConfig
+
+    return PretrainConfig.model_validate(
+        {
+            "output": output,
+            "data": {"path": folder, "clip_seconds": config.seconds},
+            "encoder": {"preset": config.preset},
+            "train": {
+                "steps": steps,
+                "warmup_steps": 0,
+                "global_batch_size": GLOBAL_BATCH_CLIPS,
+                "micro_batch_size": MICRO_BATCH_CLIPS,
+                "num_workers": workers,
+                "use_gpu": config.device == "cuda",
+                "precision": config.precision,
+                "seed": config.seed,
+                "log_every_steps": 1,  # the first report is that of the first step
+                "checkpoint_every_steps": steps + 1,
+                "max_failures": 0,
+                "loggers": (),
+            },
+        }
+    )
+
+
+def _worker(threads: int, payload: dict[str, Any]) -> None:
+    """On every worker: the run, with a note of when its reports came, which stay here until the last."""
+    began = time.time()
+    import torch
+
+    from beats_ray.train.context import ray_train_context
+    from beats_ray.train.worker import train
+
+    torch.set_num_threads(threads)
+    context = ray_train_context()
+    steps = payload["run"].train.steps
+    reports: list[dict[str, float]] = []
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        reports.append({"at": time.time(), **metrics})
+        if step == steps:
+            context.report(step, metrics)
+
+    train(payload["run"], replace(context, report=report))
+    if context.rank == 0:
+        told = {"began": began, "reports": [{name: one[name] for name in _TOLD} for one in reports]}
+        Path(payload["run"].output.path, RESULT_FILE).write_text(json.dumps(told))
+
+
+_TOLD = ("at", "step", "seconds", "clips", "data/wait_fraction")
+
+
+def observe(told: dict[str, Any], ray_s: float, fit_started: float, peak_mib: float) -> Observation:
+    """What the first worker's reports of a run say of its start and of the steps after the first.
+
+    A report's `seconds` count from where the worker asked for its first batch. Of the last report, which comes after
+    the model was published, they end with the last step too.
+    """
+    first, *others = told["reports"]
+    last = others[-1]
+    asked = first["at"] - first["seconds"]
+    first_batch_s = first["data/wait_fraction"] * first["seconds"]
+    seconds = last["seconds"] - first["seconds"]
+    waits = [
+        one["data/wait_fraction"] * (one["seconds"] - before["seconds"])
+        for before, one in zip(told["reports"], others, strict=False)
+    ]
+    parts = {
+        "Ray": ray_s,
+        "workers": told["began"] - fit_started,
+        "model, engine": asked - told["began"],
+        "first batch": first_batch_s,
+        "first step": first["seconds"] - first_batch_s,
+    }
+    return Observation(
+        seconds=seconds,
+        start_seconds=sum(parts.values()),
+        clips=round(last["clips"] - first["clips"]),
+        peak_mib=peak_mib,
+        data_wait=sum(waits) / seconds,
+        parts_s=parts,
+    )
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Gives what tells the largest sum so far, MiB, of this process and all below it; shared pages count once."""
+    samples_mib = [0.0]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            samples_mib.append(sum(map(_proportional_bytes, [me, *me.children(recursive=True)])) / 2**20)
+
+    me = psutil.Process()
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: max(samples_mib)
+    finally:
+        done.set()
+        thread.join()
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    try:
+        held: int = process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+        return 0
+    return held

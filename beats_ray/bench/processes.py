@@ -1,0 +1,63 @@
+"""Work in a process of its own, which sends what it finds as it finds it, and may be given a deadline."""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+STOP_SECONDS = 30.0
+"""How long a process that was asked to end may take; one that has a Ray cluster stops that first."""
+
+Send = Callable[[Any], None]
+
+
+class Lost(Exception):  # no mistake of anybody's: what is left to be said of a process
+    """A process that did not come to its end; the message says why."""
+
+
+def messages_from(
+    work: Callable[..., None], arguments: tuple[Any, ...], deadline: float | None = None
+) -> Iterator[Any]:
+    """Yields what `work(send, *arguments)` sends from a new process, until it returns.
+
+    deadline: on the clock of `time.monotonic`; the process is ended there. Raises Lost then, and where it died.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_run, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        while True:
+            if deadline is not None and not receiver.poll(max(0.0, deadline - time.monotonic())):
+                process.terminate()
+                raise Lost("not measured: the time was up")
+            try:
+                message = receiver.recv()
+            except EOFError:
+                break
+            yield message
+        process.join(STOP_SECONDS)
+        if process.exitcode:
+            raise Lost(f"its process ended with status {process.exitcode} (-9: out of memory); lower clips or seconds")
+    except SystemExit:  # what the command line makes of SIGTERM; Ctrl-C reaches the process by itself
+        process.terminate()
+        raise
+    finally:
+        for ask in (process.terminate, process.kill):
+            process.join(STOP_SECONDS)
+            if process.is_alive():
+                ask()
+        process.join()
+        receiver.close()
+
+
+def _run(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    work(sender.send, *arguments)
+    sender.close()
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise SystemExit(143)  # unwinds, so that a cluster is stopped
