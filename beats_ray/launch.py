@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -120,7 +121,8 @@ def has_silent_autoscaler() -> bool:
 
     if state.get_cluster_config() is not None:
         return False
-    return any(node.ray_node_type_name for node in get_cluster_resource_state(global_worker.gcs_client).node_states)
+    driver: Any = global_worker  # whose client Ray sets when it connects
+    return any(node.ray_node_type_name for node in get_cluster_resource_state(driver.gcs_client).node_states)
 
 
 def most_resources() -> dict[str, float]:
