@@ -200,20 +200,20 @@ def check_pool(spans: Iterable[RowGroupSpan], settings: InferenceSettings) -> No
 
 
 def check_actors(num_workers: int, use_gpu: bool, section: str = "") -> None:
-    """UserError where the cluster has not the CPUs or GPUs of so many actors, nor may start them.
+    """ConfigError where the cluster has not the CPUs or GPUs of so many actors, nor may start them.
 
     section: of the setting, with a dot.
     """
     import ray
 
-    from beats_ray.launch import most_resources
+    from beats_ray.launch import most_resources, refuse_or_wait
 
     if not ray.is_initialized():
         return
     resources = most_resources()
     for name, needed in (("CPU", num_workers + CPUS_PER_READER), ("GPU", num_workers if use_gpu else 0)):
         if resources.get(name, 0) < needed:
-            raise UserError(
+            refuse_or_wait(
                 f"{section}num_workers={num_workers} needs {needed:g} {name}s, the cluster has "
                 f"{resources.get(name, 0):g}; lower num_workers or add nodes"
             )

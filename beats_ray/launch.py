@@ -18,10 +18,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from beats_ray.config import ConfigError, RaySettings, StreamSettings, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
 _RAY_ENVIRONMENT = {
@@ -77,8 +80,8 @@ def check_fits(settings: TrainSettings, data: StreamSettings, streams: int | Non
 
     streams: by default those of the training clips.
 
-    A cluster that scales counts with every node that its autoscaler may start. A stream that must wait for data nodes
-    is only warned of: an autoscaler may start them.
+    A cluster that scales counts with every node that its autoscaler may start; where it has not said which, the run
+    waits for them, and a warning says for what. So does a stream that needs data nodes.
     """
     from beats_ray.data.stream import required_cpus, warn_without_data_nodes
 
@@ -90,16 +93,39 @@ def check_fits(settings: TrainSettings, data: StreamSettings, streams: int | Non
     what = "the data stream" if streams == 1 else f"{streams} data streams"
     needed = workers * settings.cpus_per_worker + reading
     if needed > total.get("CPU", 0.0):
-        raise ConfigError(
+        refuse_or_wait(
             f"train.num_workers={workers} x cpus_per_worker={settings.cpus_per_worker:g} and {reading:g} "
             f"for {what} make {needed:g} CPUs; the cluster has {total.get('CPU', 0.0):g} (a private one "
             "counts every core twice); lower num_workers or cpus_per_worker, or raise ray.num_cpus"
         )
     if settings.use_gpu and workers > total.get("GPU", 0.0):
-        raise ConfigError(
+        refuse_or_wait(
             f"train.num_workers={workers} with use_gpu needs as many GPUs; the cluster has "
             f"{total.get('GPU', 0.0):g}; lower num_workers or set train.use_gpu=false"
         )
+
+
+def refuse_or_wait(shortage: str) -> None:
+    """ConfigError with what the cluster lacks, or a warning where its autoscaler may bring it."""
+    if not has_silent_autoscaler():
+        raise ConfigError(shortage)
+    logger.warning("%s. Waiting: the cluster's autoscaler does not say which nodes it may start", shortage)
+
+
+def has_silent_autoscaler() -> bool:
+    """Whether nodes may come of which nothing can be known: the autoscaler has not said which it may start.
+
+    That of `ray up` and KubeRay does not say it (Ray 2.60). Its nodes have a type, which those that join a cluster by
+    hand have not.
+    """
+    from ray._private.state import state
+    from ray._private.worker import global_worker
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    if state.get_cluster_config() is not None:
+        return False
+    driver: Any = global_worker  # whose client Ray sets when it connects
+    return any(node.ray_node_type_name for node in get_cluster_resource_state(driver.gcs_client).node_states)
 
 
 def most_resources() -> dict[str, float]:

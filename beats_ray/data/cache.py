@@ -41,6 +41,7 @@ from beats_ray.data.stream import (
     length_buckets,
     open_reader,
     read_windows,
+    task_placement,
     wanted_part,
 )
 
@@ -220,9 +221,8 @@ def materialize_clips(
         )
     rows = read_windows(reader, settings, 0, plan.clips_per_epoch)
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources()  # the clips are meant to stay
-    decoded = rows.map_batches(
-        decode_whole_clips, batch_size=DECODE_CLIPS, batch_format="pyarrow", num_cpus=settings.decode_cpus
-    )
+    resources: Any = {"num_cpus": settings.decode_cpus} | task_placement(settings)
+    decoded = rows.map_batches(decode_whole_clips, batch_size=DECODE_CLIPS, batch_format="pyarrow", **resources)
     return ClipCache(manifest, settings, plan, tuple(decoded.materialize().to_arrow_refs()))
 
 

@@ -294,7 +294,7 @@ def read_windows(
         override_num_blocks=source.num_tasks,
         concurrency=min(settings.read_tasks, source.num_tasks),
         num_cpus=READ_CPUS,
-        **_placement(settings),
+        **task_placement(settings),
     )
     context = rows.context
     # Ray collects tables until they are larger than this, and cuts what is more than half as large again.
@@ -313,7 +313,7 @@ def _in_blocks(
     block_clips: int,
 ) -> "Dataset":
     """Decoded clips in blocks of exactly block_clips; a call of `decode` gets task_clips, put together where needed."""
-    resources: Any = {"num_cpus": settings.decode_cpus} | _placement(settings)
+    resources: Any = {"num_cpus": settings.decode_cpus} | task_placement(settings)
     examples = rows.map_batches(decode, batch_size=task_clips, batch_format="pyarrow", **resources)
     blocks = examples.repartition(target_num_rows_per_block=block_clips, strict=True)
     # Ray runs both steps in one task where they ask for the same resources; `repartition` has no argument for them.
@@ -350,7 +350,8 @@ def _has_data_nodes() -> bool:
     return any(DATA_NODE_LABELS.items() <= (node.get("Labels") or {}).items() for node in nodes)
 
 
-def _placement(settings: StreamSettings) -> dict[str, Any]:
+def task_placement(settings: StreamSettings) -> dict[str, Any]:
+    """Arguments of a Ray Data step that keep its tasks on the nodes of `data_node_labels`."""
     labels = data_node_labels(settings)
     return {"label_selector": labels} if labels else {}
 

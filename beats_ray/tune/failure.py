@@ -1,7 +1,8 @@
 """Why a trial failed: recorded beside it, said in the leaderboard, and met again without training it again.
 
 A trial that fails does not end the sweep. What it raised is in `failure.json`; a process that was killed could write
-none, and Ray's word for it stands in its place.
+none, and Ray's word for it stands in its place. Ray Tune tries a trial again whatever ended it; only where a process or
+its node was lost, and so wrote nothing, is that of use.
 """
 
 import traceback
@@ -16,9 +17,9 @@ DIVERGED, SETTINGS = "diverged", "settings"
 REASON_LENGTH = 300
 
 
-def record_failure(place: Place, error: Exception) -> None:
-    """Writes kind, reason and trace of what ended a trial."""
-    record = {**describe_failure(error), "trace": "".join(traceback.format_exception(error))}
+def record_failure(place: Place, error: Exception, attempt: str = "") -> None:
+    """Writes kind, reason and trace of what ended a trial. attempt: at the sweep, as it was started this time."""
+    record = {**describe_failure(error), "attempt": attempt, "trace": "".join(traceback.format_exception(error))}
     (place / FAILURE_FILE).write_json(record)
 
 
@@ -41,8 +42,11 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     return {"kind": kind, "reason": lines[0].strip()[:REASON_LENGTH]}
 
 
-def known_failure(place: Place) -> None:
-    """Raises what the trial failed with before, where another try would end alike; forgets what may have passed."""
+def known_failure(place: Place, attempt: str = "") -> None:
+    """Raises what the trial failed with before: in this attempt at the sweep, or where another try would end alike.
+
+    Forgets what may have passed since an earlier attempt.
+    """
     found = read_failure(place)
     kind, reason = found.get("kind"), str(found.get("reason"))
     if kind == DIVERGED:
@@ -51,6 +55,8 @@ def known_failure(place: Place) -> None:
         raise TrainingDiverged(reason)
     if kind == SETTINGS:
         raise UserError(reason)
+    if attempt and found.get("attempt") == attempt:
+        raise RuntimeError(reason)
     if found:
         (place / FAILURE_FILE).delete()
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from beats_ray.config import ConfigError, StreamSettings, SweepSettings, TrainSettings
+from beats_ray.launch import has_silent_autoscaler
 
 HOLD_CPUS = 0.01
 """Of Tune's actor where Ray Train has the workers: it waits for them. Ray takes no empty reservation."""
@@ -95,6 +96,18 @@ def concurrent_trials(needs: TrialNeeds, nodes: Sequence[Resources], most: int |
             "them, or use a larger cluster"
         )
     return count
+
+
+def cluster_trials(needs: TrialNeeds, most: int | None) -> int:
+    """`concurrent_trials` on the nodes that the cluster has or may start.
+
+    Where its autoscaler does not say what it may start, that is left to it: `most` trials ask for their workers, and
+    those wait for which there are no nodes. Without a `most` it is what fits now, or one.
+    """
+    nodes = node_resources()
+    if has_silent_autoscaler():
+        return most or max(1, _pack(needs, nodes, 10**6))
+    return concurrent_trials(needs, nodes, most)
 
 
 def _pack(needs: TrialNeeds, nodes: Sequence[Resources], most: int) -> int:

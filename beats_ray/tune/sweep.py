@@ -17,6 +17,7 @@ chooses nothing.
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -31,7 +32,7 @@ from beats_ray.stage import is_complete, run_stage
 from beats_ray.telemetry import run_name
 from beats_ray.train.jobs import Written, load_cache
 from beats_ray.tune.leaderboard import objectives_of
-from beats_ray.tune.placement import TrialNeeds, concurrent_trials, node_resources, trial_needs
+from beats_ray.tune.placement import TrialNeeds, cluster_trials, trial_needs
 from beats_ray.tune.space import check_space
 from beats_ray.tune.trial import Trials, check_trials, run_place, run_trial, trial_config, validations_of
 from beats_ray.tune.warm_start import read_known
@@ -68,7 +69,7 @@ def run_sweep(config: SweepConfig, console: Console, keys: Mapping[str, str] | N
 def check_sweep(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
     """ConfigError for a space that does not fit the settings, and for trials that the cluster can never run."""
     check_search(finetune, sweep)
-    concurrent_trials(_cached_needs(finetune, sweep), node_resources(), 1)
+    cluster_trials(_cached_needs(finetune, sweep), 1)
 
 
 def check_search(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
@@ -150,7 +151,7 @@ def _needs(config: SweepConfig, manifest: DatasetManifest) -> TrialNeeds:
 
 
 def _count_trials(config: SweepConfig, needs: TrialNeeds) -> int:
-    return concurrent_trials(needs, node_resources(), config.sweep.max_concurrent_trials)
+    return cluster_trials(needs, config.sweep.max_concurrent_trials)
 
 
 def _cached_needs(finetune: FinetuneSettings, sweep: SweepSettings) -> TrialNeeds:
@@ -166,7 +167,8 @@ def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, consol
 
     needs = _needs(config, manifest)
     most = _count_trials(config, needs)
-    trials = Trials(config, manifest, load_cache(config.data, manifest) if needs.reading_cpus == 0 else None, needs)
+    cache = load_cache(config.data, manifest) if needs.reading_cpus == 0 else None
+    trials = Trials(config, manifest, cache, needs, attempt=uuid.uuid4().hex)
     budget = Budget(config.sweep, needs, output)
     board = LiveBoard(config, manifest, budget)
     try:
@@ -227,6 +229,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
         storage_filesystem=folder.keyless_filesystem,
         trial_name_creator=lambda trial: str(trial.trial_id),
         trial_dirname_creator=lambda trial: str(trial.trial_id),
+        max_failures=config.finetune.train.max_failures,  # of nodes that are lost: see `failure.py`
         reuse_actors=not trials.needs.uses_ray_train,  # whose run does not end when its trial is stopped
         raise_on_failed_trial=False,
         verbose=0,

@@ -42,6 +42,8 @@ class Trials:
     cache: Any
     """ClipCache with the decoded clips; None where they are streamed."""
     needs: TrialNeeds
+    attempt: str = ""
+    """Name of this attempt at the sweep: each start of the command is one."""
 
     @property
     def compares(self) -> bool:
@@ -166,11 +168,11 @@ def run_trial(parameters: dict[str, Any], trials: Trials) -> None:
 
     trial_id = tune.get_context().get_trial_id()
     place = trial_place(trials.config, trial_id)
-    known_failure(place)
+    known_failure(place, trials.attempt)
     try:
         _run_repeats(parameters, trials, trial_id)
     except Exception as error:
-        record_failure(place, error)
+        record_failure(place, error, trials.attempt)
         raise
 
 

@@ -209,6 +209,7 @@ def test_actors_without_room_are_told_before_anything_is_written(
         monkeypatch.setattr("beats_ray.evaluate.collect_clips", lambda *_, **__: pytest.fail("it has begun"))
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("beats_ray.launch.most_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr("beats_ray.launch.has_silent_autoscaler", lambda: False)
     with pytest.raises(UserError, match=r"num_workers=9 needs 9.5 CPUs, the cluster has 4"):
         run(config, Console())
     assert not (tmp_path / "out").exists()

@@ -112,6 +112,15 @@ def test_what_diverged_is_not_trained_again_and_what_may_pass_is(tmp_path: Path)
     assert read_failure(place) == {}
 
 
+def test_what_failed_in_this_attempt_is_not_tried_again_in_it(tmp_path: Path) -> None:
+    place = open_place(str(tmp_path))
+    record_failure(place, OSError("the disk is full"), "first")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        known_failure(place, "first")
+    known_failure(place, "second")
+    assert read_failure(place) == {}
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

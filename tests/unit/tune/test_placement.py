@@ -19,7 +19,7 @@ from beats_ray.config import (
 from beats_ray.data.storage import open_place
 from beats_ray.iterate import check_plan
 from beats_ray.tune.budget import Budget, check_budget
-from beats_ray.tune.placement import TrialNeeds, concurrent_trials, node_resources, trial_needs
+from beats_ray.tune.placement import TrialNeeds, cluster_trials, concurrent_trials, node_resources, trial_needs
 from beats_ray.tune.trial import Reports, check_trials, trial_config, validations_of
 
 pytestmark = pytest.mark.unit
@@ -66,10 +66,15 @@ GROUPS = [({"CPU": 0}, 0), ({"CPU": 64, "GPU": 8}, 1), ({"CPU": 64, "GPU": 8}, 2
 """Of a cluster as we ship them: the head, GPU nodes on demand and spot, data nodes."""
 
 
-def scale(monkeypatch: pytest.MonkeyPatch, living: list[dict[str, float]], groups: list[Any] | None) -> None:
-    """A cluster of these nodes whose autoscaler may start these groups, of which Ray is asked."""
+def scale(
+    monkeypatch: pytest.MonkeyPatch, living: list[dict[str, float]], groups: list[Any] | None, node_type: str = ""
+) -> None:
+    """A cluster of these nodes whose autoscaler may start these groups, of which Ray is asked.
+
+    node_type: of the nodes, which an autoscaler gives them.
+    """
     from ray._private.state import GlobalState
-    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, ClusterResourceState, NodeGroupConfig, NodeState
 
     config = groups and ClusterConfig(
         node_group_configs=[NodeGroupConfig(resources=resources, max_count=most) for resources, most in groups]
@@ -79,6 +84,9 @@ def scale(monkeypatch: pytest.MonkeyPatch, living: list[dict[str, float]], group
     total = {name: sum(node.get(name, 0.0) for node in living) for name in ("CPU", "GPU")}
     monkeypatch.setattr("ray.cluster_resources", lambda: total)
     monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _self: config or None)
+    found = ClusterResourceState(node_states=[NodeState(ray_node_type_name=node_type)])
+    monkeypatch.setattr("ray._private.worker.global_worker.gcs_client", None, raising=False)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_resource_state", lambda _client: found)
 
 
 def test_nodes_that_the_autoscaler_may_start_give_room_and_those_that_it_has_started_count_once(
@@ -101,6 +109,27 @@ def test_on_a_cluster_of_a_head_alone_a_run_is_not_refused(monkeypatch: pytest.M
     check_plan(config, is_labelled=True)
     scale(monkeypatch, [{}], GROUPS[:1])
     with pytest.raises(UserError, match=r"inference.num_workers=\d+ needs .* CPUs, the cluster has 0"):
+        check_plan(config, is_labelled=True)
+
+
+def test_an_autoscaler_that_says_nothing_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(IterateConfig, None, ["output=o", GPUS])
+    needs = needs_of(GPUS)
+    scale(monkeypatch, [{}], None, node_type="head")
+    check_plan(config, is_labelled=True)
+    assert "train.num_workers=1 x cpus_per_worker=1 and" in caplog.text
+    assert "Waiting: the cluster's autoscaler does not say which nodes it may start" in caplog.text
+    assert [cluster_trials(needs, most) for most in (None, 3)] == [1, 3]
+    scale(monkeypatch, [{"CPU": 16.0, "GPU": 2.0}], None, node_type="gpu1")
+    assert [cluster_trials(needs, most) for most in (None, 3)] == [2, 3]
+    scale(monkeypatch, [{}], GROUPS, node_type="head")
+    assert cluster_trials(needs, None) == 24
+    scale(monkeypatch, [{}], None)  # joined by hand: no more will come
+    with pytest.raises(ConfigError, match="a trial needs"):
+        cluster_trials(needs, 3)
+    with pytest.raises(ConfigError, match="the cluster has 0"):
         check_plan(config, is_labelled=True)
 
 
