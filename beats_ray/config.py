@@ -21,6 +21,7 @@ from beats_ray.errors import ConfigError, UserError
 from beats_ray.models.config import ENCODER_PRESETS, EncoderConfig, encoder_config
 from beats_ray.settings import (
     Fraction,
+    FractionBelowOne,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -198,7 +199,7 @@ class EncoderSettings(Section):
 
 
 class MaskingSettings(Section):
-    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
+    ratio: FractionBelowOne = 0.75
     """Fraction of a clip's patches hidden from the encoder. Paper: 0.75."""
     block_size: PositiveInt = 1
     """Side of the square blocks that are masked together, in patches; 1 masks single patches. Paper: 1."""
@@ -211,7 +212,7 @@ class PredictorSettings(Section):
     """Transformer layers of the label predictor (ESPnet's statement of the paper's setting)."""
     mask_vector: Literal["zero", "learned"] = "zero"
     """What stands at a masked place in the label predictor's input: zeros, or one vector (ESPnet). Paper: zeros."""
-    label_smoothing: Fraction = 0.0
+    label_smoothing: FractionBelowOne = 0.0
     """Share of a masked patch's target that is spread over all codes. Paper: 0."""
 
 
@@ -311,7 +312,7 @@ class TrainSettings(Section):
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed settings, merged deep; keys that this section derives and keys that DeepSpeed does not know are
     refused. What only moves values (buckets, offloading) may change when a run goes on."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of initialisation, masks, augmentation and data order."""
     log_every_steps: PositiveInt = 10
     """Steps between two metric reports: the only moments at which the host waits for the device."""
@@ -440,7 +441,7 @@ class TrainSettings(Section):
         if "global_batch_size" in self.model_fields_set and self.global_batch_size != clips:
             raise ValueError(
                 f"{field} makes {clips} clips of {clip_seconds:g} s, and global_batch_size={self.global_batch_size} is "
-                "set too; set one of them"
+                "set too; set one of them to null"
             )
         return self.model_copy(update={"global_batch_size": clips})
 
@@ -470,7 +471,7 @@ class AugmentSettings(Section):
     """Longest time mask as a fraction of the clip. Paper: at most 0.06 on AudioSet."""
     num_time_masks: NonNegativeInt = 1
     """Time masks of each clip; they may overlap."""
-    freq_mask_bins: NonNegativeInt = 24
+    freq_mask_bins: Annotated[int, Field(ge=0, le=128)] = 24
     """Widest frequency mask, mel bins (of 128)."""
     num_freq_masks: NonNegativeInt = 1
     """Frequency masks of each clip."""
@@ -544,12 +545,12 @@ class FinetuneSettings(Section):
     """Trains the head alone on the frozen encoder's features, a linear probe by gradient descent."""
     freeze_encoder_steps: NonNegativeInt = 0
     """First optimizer steps in which the head alone is trained; less than `train.steps`. Paper: not used."""
-    label_smoothing: Fraction = 0.1
+    label_smoothing: FractionBelowOne = 0.1
     """Share of the target that is spread over all classes, in training on single-label data; targets of multi-label
     data, which have a decision for each class, are left as they are."""
-    dropout: Fraction = 0.0
+    dropout: FractionBelowOne = 0.0
     """Dropout in the encoder's layers. Paper: 0."""
-    layer_drop: Fraction = 0.1
+    layer_drop: FractionBelowOne = 0.1
     """Probability of skipping an encoder layer during training. Paper: 0.1."""
     validate_every_steps: PositiveInt = 100
     """Optimizer steps between two evaluations on the validation part. A run goes on to its last step whatever they say;
@@ -563,7 +564,7 @@ class FinetuneSettings(Section):
         if self.freeze_encoder and self.freeze_encoder_steps:
             raise ValueError(
                 f"freeze_encoder=true freezes it for good, freeze_encoder_steps={self.freeze_encoder_steps} for the "
-                "first steps; set one of them"
+                "first steps; set freeze_encoder_steps=0, or freeze_encoder=false"
             )
         if self.freeze_encoder_steps >= self.train.steps:
             raise ValueError(
@@ -773,7 +774,7 @@ class EvaluateConfig(Job, InferenceSettings):
 class CrossValidationSettings(Section):
     folds: tuple[int, ...] = ()
     """Folds that take their turn as the test fold; empty means each fold of the data set. Paper, ESC-50: 1 to 5."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[NonNegativeInt, ...] = (0,)
     """Seeds: each is a fine-tuning run of every fold, in place of `finetune.train.seed`."""
     selection: Literal["none", "inner"] = "none"
     """`none` trains on all folds but the test fold and takes the last weights. `inner` keeps the next fold in the cycle
@@ -826,6 +827,16 @@ class EmbedConfig(Job, InferenceSettings):
     """Layer after which to stop, 0 for the input of the first; the last where not set."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the written values."""
+
+    @model_validator(mode="after")
+    def _whole_set(self) -> Self:
+        for name in ("folds", "splits"):
+            if values := getattr(self.data, name):
+                raise ValueError(
+                    f"data.{name}={list(values)}: every clip of a data set is embedded; leave it out and choose "
+                    "among the rows of the result"
+                )
+        return self
 
 
 class BenchConfig(Section):

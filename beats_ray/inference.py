@@ -292,15 +292,16 @@ def _column(values: Any) -> pa.Array:
 # --- published models on a node ---------------------------------------------------------------------------------------
 
 
-def load_published(model: Place) -> "torch.nn.Module":
+def load_published(model: Place, field: str = "model") -> "torch.nn.Module":
     """A published model folder, or a released `.pt` file, in eval mode.
 
-    A remote one is downloaded once per node, however many processes ask for it. UserError where it cannot be loaded.
+    A remote one is downloaded once per node, however many processes ask for it. UserError, which names the config's
+    `field`, where it cannot be loaded.
     """
     try:
         return _load_local(model.path) if not model.is_remote else _load_remote(model)
     except ValueError as error:
-        raise UserError(f"model={model.uri}: {error}") from None
+        raise UserError(f"{field}={model.uri}: {error}") from None
 
 
 def _load_local(path: str) -> "torch.nn.Module":
@@ -390,7 +391,7 @@ def load_checked(model: Place, field: str, kinds: tuple[str, ...] = KINDS) -> "t
 
     if not is_released_file(model):
         check_published(model, field, kinds)
-    module = load_published(model)
+    module = load_published(model, field)
     _check_kind(describe_model(module), model, field, kinds)
     return module
 

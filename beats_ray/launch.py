@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from beats_ray.config import ConfigError, RaySettings, StreamSettings, TrainSettings
+from beats_ray.config import ConfigError, RaySettings, StreamSettings, TrainSettings, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     started: list[psutil.Process] = []
     try:
-        with _without_announcements(), _keeping_sigterm():
+        with _without_announcements(), _keeping_sigterm(), _one_line_for_a_slow_start():
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus or 2 * cores,
@@ -167,6 +167,20 @@ def _private_cluster(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
         _end(started)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_line_for_a_slow_start() -> Iterator[None]:
+    """UserError where a machine is too busy to start a cluster within the 30 s that Ray gives it."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no type for it
+            raise
+        raise UserError(
+            "Ray did not start within 30 s: the machine is too busy or short of memory; try again, or set ray.address "
+            "to a cluster that runs"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from beats_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -39,8 +40,10 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in values}
-        return values | {
-            name: _merged(default, values[name]) for name, default in defaults.items() if isinstance(default, Section)
+        sections = {name: default for name, default in defaults.items() if isinstance(default, Section)}
+        unset = [name for name in sections if values[name] is None]  # `train:` with nothing below it is as without it
+        return {name: value for name, value in values.items() if name not in unset} | {
+            name: _merged(default, values[name]) for name, default in sections.items() if name not in unset
         }
 
 
@@ -263,7 +266,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: {_yaml_problem(error)}") from error
     if not isinstance(values or {}, dict):
         raise ConfigError(f"config file {path}: expected `section: ...` at the top, found {type(values).__name__}")
-    return values or {}
+    return _without_sharing(values or {})
+
+
+def _without_sharing(values: Any) -> Any:
+    """The same with a copy wherever YAML's anchors or merges put one section in several places.
+
+    An override of one of them would otherwise change all.
+    """
+    if isinstance(values, dict):
+        return {name: _without_sharing(value) for name, value in values.items()}
+    return [_without_sharing(value) for value in values] if isinstance(values, list) else values
 
 
 def _all_mistakes(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> list[ErrorDetails]:

@@ -157,7 +157,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """Error text for a name that does not exist: the nearest valid one, and all of them."""
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {kind} {name!r}{hint} Valid: {', '.join(names)}"
 
 

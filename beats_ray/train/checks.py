@@ -116,6 +116,7 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     attempt(lambda: check_loggers(config.train.loggers), mistakes)
     attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     attempt(lambda: _check_streams(config.train, config.data), mistakes)
+    attempt(lambda: _check_precision(config.train), mistakes)
     manifest = inputs.manifest
     if isinstance(config, PretrainConfig) and inputs.published is not None:
         tokenizer = inputs.published
@@ -133,6 +134,11 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
             mistakes += part_mistakes(config, manifest)
         attempt(lambda: training_plan(config, manifest), mistakes)
     return mistakes
+
+
+def _check_precision(train: TrainSettings) -> None:
+    if train.precision == "fp16" and not train.use_gpu:
+        raise ConfigError("train.precision=fp16 needs train.use_gpu=true; use bf16 or fp32 on the CPU")
 
 
 def _check_streams(train: TrainSettings, data: StreamSettings) -> None:

@@ -156,7 +156,7 @@ def plan_run(kind: RunKind, config: RunConfig, manifest: DatasetManifest, publis
 
 
 def _keeps_best(config: RunConfig) -> bool:
-    if not isinstance(config, FinetuneConfig) or config.folds.validation_fold == -1:
+    if not isinstance(config, FinetuneConfig) or not config.folds.has_validation:
         return False
     return math.lcm(config.train.checkpoint_every_steps, config.validate_every_steps) < config.train.steps
 

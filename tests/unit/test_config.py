@@ -91,6 +91,30 @@ def test_one_changed_field_keeps_the_other_defaults_of_its_section() -> None:
     assert settings.pretrain.train.learning_rate == 5e-4
 
 
+def test_an_override_of_a_section_leaves_others_alone_that_share_its_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.yaml"
+    path.write_text(
+        "pretrain: &stage\n  encoder: &encoder {preset: tiny}\n  train: {steps: 9, warmup_steps: 1}\n"
+        "distill: {<<: *stage}\nfinetune: {train: {steps: 9, warmup_steps: 1}}\n"
+    )
+    changed = load_config(
+        IterateConfig, str(path), ["output=o", "distill.encoder.preset=mini", "distill.train.steps=7"]
+    )
+    assert (changed.pretrain.encoder.preset, changed.distill.encoder.preset) == ("tiny", "mini")
+    assert (changed.pretrain.train.steps, changed.distill.train.steps) == (9, 7)
+
+
+def test_a_section_that_is_null_counts_as_left_out() -> None:
+    given = ["output=o", "tasks.a.data.path=x", "finetune.dropout=0.1"]
+    assert "finetune is for a run without tasks" in failure(IterateConfig, *given)
+    assert "finetune" not in load_config(IterateConfig, None, [*given, "finetune=null"]).model_fields_set
+
+
+def test_an_embedding_is_of_the_whole_set() -> None:
+    message = failure(config.EmbedConfig, "output=o", "model=m", "data.folds=[1]")
+    assert "data.folds=[1]: every clip of a data set is embedded; leave it out" in message
+
+
 def test_overrides_reach_into_sections_that_a_program_passes_and_leave_them_alone() -> None:
     given = config.SweepSettings(num_trials=3)
     more = {"pretrain": {"train": {"steps": 50, "warmup_steps": 5}}}

@@ -26,7 +26,7 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.train import preflight
-from beats_ray.train.checks import find_mistakes, read_inputs
+from beats_ray.train.checks import Inputs, find_mistakes, read_inputs, settings_mistakes
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.jobs import run_finetune, run_pretrain
@@ -383,8 +383,9 @@ def test_the_checkpoint_with_the_best_validation_result_is_counted(places: Place
     given.append(f"train.checkpoint_every_steps={every}")
     plan, _ = plan_of("finetune", FinetuneConfig, places, *given)
     assert plan.checkpoints_kept == kept  # of steps that both divide there is one, or none
-    unjudged, _ = plan_of("finetune", FinetuneConfig, places, *given, "folds.validation_fold=-1")
-    assert unjudged.checkpoints_kept == min(2, kept)
+    for unset in ("folds.validation_fold=-1", "folds.validation_fraction=0"):
+        unjudged, _ = plan_of("finetune", FinetuneConfig, places, *given, unset)
+        assert unjudged.checkpoints_kept == min(2, kept)
 
 
 def test_a_run_that_counts_in_seconds_keeps_its_clips_when_it_goes_on_at_another_size(
@@ -440,3 +441,21 @@ def test_a_batch_in_seconds_is_shown_in_clips_and_is_the_same_run(
     assert "12 clips = 2 x 2 workers x 3 accumulated; 24 s of sound for the 25 s asked for" in text
     _, same = plan_of("pretrain", PretrainConfig, places, *given, "train.global_batch_size=12")
     assert run_identity(config) == run_identity(same)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.precision=fp16"], "train.precision=fp16 needs train.use_gpu=true; use bf16 or fp32 on the CPU"),
+        (["data.streams=3"], "data.streams=3 neither divides train.num_workers=2 nor is a multiple of it; use 1"),
+        (
+            ["data.streams=8"],
+            "train.global_batch_size=16 is not divisible into micro-batches of 4 from each of data.streams=8; use 32",
+        ),
+    ],
+)
+def test_settings_that_no_run_could_have_are_found_before_it(overrides: list[str], message: str) -> None:
+    given = ["output=o", "data.path=d", "train.global_batch_size=16", "train.micro_batch_size=4", "train.num_workers=2"]
+    config = load_config(PretrainConfig, None, [*given, *overrides])
+    mistakes = [str(one) for one in settings_mistakes("pretrain", config, Inputs(None, None, []))]
+    assert [one for one in mistakes if one.startswith(message)]
