@@ -148,7 +148,7 @@ def save_released(module: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _unpickle(file: Path) -> Any:
     if not file.is_file():
-        raise ValueError("no such file; check the path")
+        raise ValueError(f"{file} does not exist; check the path")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError) as error:

@@ -290,7 +290,7 @@ def cut(fraction: float) -> Callable[[Path], None]:
 
 
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda path: path.unlink(), "no such file"),
+    (lambda path: path.unlink(), "does not exist"),
     (lambda path: path.write_bytes(b""), "damaged or truncated"),
     (lambda path: path.write_bytes(b"RIFF" + bytes(100)), "no PyTorch checkpoint"),
     (cut(0.5), "damaged or truncated"),
