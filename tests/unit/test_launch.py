@@ -13,7 +13,7 @@ def test_a_cluster_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.M
     """Ray waits for 30 s and raises a bare Exception, seen on a machine with a load of ten on two cores."""
 
     def too_slow(**_: object) -> None:
-        raise Exception("The current node timed out during startup. This could happen because ...")  # noqa: TRY002
+        raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", too_slow)
     with (
