@@ -10,8 +10,9 @@ the data set's folds. A classifier, or several as an ensemble, is judged by its 
 Clips are heard whole, or by windows (`windows.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Written:
     UserError, before anything runs, for models or data sets that cannot be judged, and a cluster that is too small.
     """
     models = _open_models(config)
-    judged = _open_data(config, models)
+    judged = open_data(config, models)
     for data in judged:
         check_pool(row_group_spans(data.manifest, data.folds, data.splits), config)
     results: dict[str, Any] = {}
@@ -114,11 +115,12 @@ def _open_models(config: EvaluateConfig) -> list[JudgedModel]:
     return models
 
 
-def _open_data(config: EvaluateConfig, models: list[JudgedModel]) -> list[JudgedData]:
+def open_data(config: EvaluateConfig, models: list[JudgedModel]) -> list[JudgedData]:
+    """The data sets to judge by, each with a folder for its results that no other has."""
     first = EvaluatedData(path=config.data.path, folds=config.data.folds, splits=config.data.splits)
     chosen = (first, *config.also)
     output, judged, names = open_place(config.output), [], set()
-    for number, data in enumerate(chosen, 1):
+    for data in chosen:
         place = open_place(data.path)
         manifest = read_manifest(place)
         orders = tuple(
@@ -126,11 +128,16 @@ def _open_data(config: EvaluateConfig, models: list[JudgedModel]) -> list[Judged
             for model in models
             if model.kind == "classifier"
         )
-        name = place.name if place.name not in names else f"{place.name}-{number}"
+        name = next(name for name in _folder_names(place.name) if name not in names)
         names.add(name)
         folder = output / name if len(chosen) > 1 else output
         judged.append(JudgedData(place, manifest, data.folds, data.splits, orders, folder))
     return judged
+
+
+def _folder_names(name: str) -> Iterator[str]:
+    """`esc50`, `esc50-2`, `esc50-3`, ..."""
+    return (name if number == 1 else f"{name}-{number}" for number in count(1))
 
 
 def _probe(

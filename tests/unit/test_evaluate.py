@@ -16,7 +16,7 @@ from beats_ray.console import Console
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.storage import Place, open_place
 from beats_ray.embed import run_embed
-from beats_ray.evaluate import Logits, fold_rows, run_evaluate
+from beats_ray.evaluate import Logits, fold_rows, open_data, run_evaluate
 from beats_ray.inference import check_pool, pad_clips, row_group_spans
 from beats_ray.judgement import figure_rows
 from beats_ray.models import (
@@ -183,6 +183,15 @@ def test_an_encoder_on_two_data_sets_leaves_the_tables_of_each_and_one_of_both(
     assert header.startswith("name,kind,model,data,accuracy,standard_error")
     assert first.startswith(f"one,encoder,{model},{tmp_path}/one,1.000000,0.000000")
     assert second.startswith(f"two,encoder,{model},{tmp_path}/two,0.500000,")
+
+
+def test_no_two_data_sets_share_a_folder_of_results(tmp_path: Path) -> None:
+    places = [tmp_path / "x" / "a", tmp_path / "a-2", tmp_path / "a-3", tmp_path / "y" / "a"]
+    for place in places:
+        write_dataset(place, ("a", "b"))
+    fields = {"output": f"{tmp_path}/out", "model": "m", "data": {"path": str(places[0])}}
+    config = validate(EvaluateConfig, fields | {"also": [str(place) for place in places[1:]]})
+    assert [one.folder.name for one in open_data(config, [])] == ["a", "a-2", "a-3", "a-4"]
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------
