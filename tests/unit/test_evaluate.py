@@ -191,7 +191,7 @@ def test_no_two_data_sets_share_a_folder_of_results(tmp_path: Path) -> None:
         write_dataset(place, ("a", "b"))
     fields = {"output": f"{tmp_path}/out", "model": "m", "data": {"path": str(places[0])}}
     config = validate(EvaluateConfig, fields | {"also": [str(place) for place in places[1:]]})
-    assert [one.folder.name for one in open_data(config, [])] == ["a", "a-2", "a-3", "a-4"]
+    assert [one.output.name for one in open_data(config, [])] == ["a", "a-2", "a-3", "a-4"]
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------
