@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from beats_ray.data import stream
 from beats_ray.data.manifest import read_manifest
 from beats_ray.data.prepare import prepare
 from beats_ray.data.sample import make_sample_set
+from beats_ray.data.shards import WindowReader
 from beats_ray.data.storage import Place, open_place
 from beats_ray.launch import check_fits
 
@@ -55,11 +57,11 @@ class Trace:
         def open_traced(*arguments: Any) -> Any:
             reader = open_reader(*arguments)
 
-            class TracedReader:  # local, so that it travels to the workers by value
-                plan, clip_bytes = reader.plan, reader.clip_bytes
-                read = staticmethod(_traced(reader.read, folder, "read"))
+            class TracedReader(WindowReader):  # local, so that it travels to the workers by value
+                def read(self, *arguments: Any) -> Any:
+                    return _traced(super().read, folder, "read")(*arguments)
 
-            return TracedReader()
+            return TracedReader(**{field.name: getattr(reader, field.name) for field in fields(reader)})
 
         monkeypatch.setattr(stream, "open_reader", open_traced)
         monkeypatch.setattr(

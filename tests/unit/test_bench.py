@@ -260,8 +260,8 @@ def send_and_die(send: Send, status: int) -> None:
 
 
 def wait_forever(send: Send, path: str) -> None:
-    send("ready")
     try:
+        send("ready")
         time.sleep(600.0)
     finally:
         Path(path).write_text("cleaned up")
