@@ -173,6 +173,7 @@ def test_search_parameters_can_be_added_and_taken_out() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["train.seed=-1"], "train.seed=-1: input should be greater than or equal to 0"),
         (["outptu=o"], "outptu: unknown config key; did you mean output?"),
         (["output=o", "train.sleps=1"], "train.sleps: unknown config key; did you mean train.steps?"),
         (["output=o", "masking.qqqqqqqq=1"], "masking.qqqqqqqq: unknown config key; valid keys: ratio, block_size"),

@@ -459,3 +459,9 @@ def test_settings_that_no_run_could_have_are_found_before_it(overrides: list[str
     config = load_config(PretrainConfig, None, [*given, *overrides])
     mistakes = [str(one) for one in settings_mistakes("pretrain", config, Inputs(None, None, []))]
     assert [one for one in mistakes if one.startswith(message)]
+
+
+def test_a_released_file_that_is_not_there_is_named_with_its_field(places: Places, tmp_path: Path) -> None:
+    overrides = [f"data.path={places.data}", f"output={tmp_path}/o", *SMALL, f"encoder={tmp_path}/none.pt"]
+    mistakes = read_inputs("finetune", load_config(FinetuneConfig, None, overrides)).mistakes
+    assert [str(one).split("=")[0] for one in mistakes] == ["encoder"]
