@@ -99,6 +99,27 @@ def training_process(config: BenchConfig) -> Any:
     return single_process_context(lambda _step, _metrics: None, use_gpu=config.device == "cuda")
 
 
+def engine_step(config: BenchConfig, task: Any, train: Any, batch: Any) -> Step:
+    """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated."""
+    import torch
+
+    from beats_ray.bench.kernels import OPTIMIZER
+    from beats_ray.train.engine import Engine
+
+    context = training_process(config)
+    engine = Engine(task.module, train, task.depths())
+    generator = torch.Generator(context.device).manual_seed(config.seed)
+
+    def step() -> None:
+        prepared = task.prepare(batch.to(context.device), generator, training=True)
+        loss_sum, _sums = engine(*prepared.inputs)
+        engine.backward(loss_sum / prepared.num_targets)
+        with torch.profiler.record_function(OPTIMIZER):
+            engine.step(0, last_micro_batch=True)
+
+    return step
+
+
 def random_waves(config: BenchConfig) -> Any:
     """wave_BS, the same for each case of a seed."""
     import torch

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from beats_ray.bench.cases import Step, int16_batch, openbeats_encoder, random_waves, seeded_encoder, training_process
+from beats_ray.bench.cases import Step, engine_step, int16_batch, openbeats_encoder, random_waves, seeded_encoder
 from beats_ray.bench.costs import CLASSES, finetune_settings, labels
 from beats_ray.config import BenchConfig
 
@@ -18,22 +18,12 @@ from beats_ray.config import BenchConfig
 def our_step(config: BenchConfig) -> Step:
     import torch
 
-    from beats_ray.train.engine import Engine
     from beats_ray.train.finetune import FinetuneTask
 
-    context, settings = training_process(config), finetune_settings(config)
+    settings = finetune_settings(config)
     task = FinetuneTask(settings, seeded_encoder(config), labels())
-    engine = Engine(task.module, settings.train, task.depths())
     batch = replace(int16_batch(config), targets_BC=_targets(config).to(torch.uint8))
-    generator = torch.Generator(context.device).manual_seed(config.seed)
-
-    def step() -> None:
-        prepared = task.prepare(batch.to(context.device), generator, training=True)
-        loss_sum, _sums = engine(*prepared.inputs)
-        engine.backward(loss_sum / prepared.num_targets)
-        engine.step(0, last_micro_batch=True)
-
-    return step
+    return engine_step(config, task, settings.train, batch)
 
 
 def formula_step(config: BenchConfig) -> Step:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from beats_ray.bench.cases import Step, int16_batch, training_process
+from beats_ray.bench.cases import Step, engine_step, int16_batch
 from beats_ray.bench.costs import CODES, pretrain_settings
 from beats_ray.bench.kernels import FILTERBANK, OPTIMIZER, Kernel, Span, shares, top_kernels, window_us
 from beats_ray.bench.processes import Lost, Send, messages_from
@@ -114,26 +114,15 @@ def pretraining_step(config: BenchConfig) -> Step:
     import torch
 
     from beats_ray.models import num_patches
-    from beats_ray.train.engine import Engine
     from beats_ray.train.pretrain import PretrainTask
 
-    context, settings = training_process(config), pretrain_settings(config)
+    settings = pretrain_settings(config)
     torch.manual_seed(config.seed)
     task = PretrainTask(settings, CODES, None)
-    engine = Engine(task.module, settings.train, task.depths())
     patches = num_patches(round(config.seconds * 16_000))
     labels_BN = torch.randint(CODES, (config.num_clips, patches), dtype=torch.int16)
     batch = replace(int16_batch(config), patch_labels_BN=labels_BN)
-    generator = torch.Generator(context.device).manual_seed(config.seed)
-
-    def step() -> None:
-        prepared = task.prepare(batch.to(context.device), generator, training=True)
-        loss_sum, _sums = engine(*prepared.inputs)
-        engine.backward(loss_sum / prepared.num_targets)
-        with torch.profiler.record_function(OPTIMIZER):
-            engine.step(0, last_micro_batch=True)
-
-    return step
+    return engine_step(config, task, settings.train, batch)
 
 
 @contextmanager

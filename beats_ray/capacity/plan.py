@@ -222,7 +222,7 @@ def estimate(work: Work, config: PlanConfig) -> Estimate:
         if cluster.storage_mib_per_s is not None:
             limits["storage"] = wanted * cluster.storage_mib_per_s / needs.storage_mib_per_s
         if work.clips_per_block is not None:
-            limits["coordinator"] = work.streams * coordinator_limit(work.clips_per_block, measured)
+            limits["coordinator"] = coordinator_limit(work.clips_per_block, measured, work.streams)
     limit = min(limits, key=lambda name: limits[name])
     rate = limits[limit]
     goodput, best_steps = _faults(work, rate, cluster, measured) if work.train else (1.0, None)

@@ -77,7 +77,7 @@ def _feed(config: SimulateConfig, workers: int) -> dict[str, Any]:
     load = Load(
         clips_per_s, config.clip_seconds, config.clip_seconds * config.bytes_per_second, workers, block, streams
     )
-    limit = streams * coordinator_limit(block, config.measured)
+    limit = coordinator_limit(block, config.measured, streams)
     needs = asdict(data_plane(load, StreamSettings().buffer_mib, config.measured))
     return {"workers": workers, "clips_per_s": clips_per_s, "coordinator_clips_per_s": limit} | needs
 

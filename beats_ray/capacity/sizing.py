@@ -54,7 +54,7 @@ class DataPlane:
 def data_plane(load: Load, buffer_mib: float, measured: MeasuredSettings) -> DataPlane:
     """What the cluster has to give, so that workers never wait for clips."""
     seconds_per_s = load.clips_per_s * load.clip_seconds
-    limit = None if load.clips_per_block is None else load.streams * coordinator_limit(load.clips_per_block, measured)
+    limit = None if load.clips_per_block is None else coordinator_limit(load.clips_per_block, measured, load.streams)
     return DataPlane(
         decode_cores=seconds_per_s * measured.decode_ms_per_second / 1000.0,
         storage_mib_per_s=load.clips_per_s * load.bytes_per_clip / MIB,
@@ -72,9 +72,9 @@ def clips_of_a_block(workers: int, micro_batch_size: int, clip_seconds: float) -
     return micro_batch_size * rounds_of_a_block(micro_batch_size, workers, sys.maxsize, clip_bytes)
 
 
-def coordinator_limit(clips_per_block: int, measured: MeasuredSettings) -> float:
-    """Clips/s of one stream at which the process that hands out its blocks has no time left."""
-    return clips_per_block * 1000.0 / measured.coordinator_ms_per_block
+def coordinator_limit(clips_per_block: int, measured: MeasuredSettings, streams: int = 1) -> float:
+    """Clips/s of so many streams at which the processes that hand out their blocks have no time left."""
+    return streams * clips_per_block * 1000.0 / measured.coordinator_ms_per_block
 
 
 def cache_mib(seconds: float) -> float:

@@ -4,7 +4,7 @@
     for batch in cache.batches(seed=0, part=ClipPart(folds=(3, 4)), ...):    # in any task, actor, trial or worker
 
 The handle is small and pickles; processes see the same memory and copy only the micro-batch they train on. The order
-and the content of the batches are those of `build_stream`, bit for bit. The clips live as long as the driver.
+and the content of the batches are those of `build_streams`, bit for bit. The clips live as long as the driver.
 """
 
 import time

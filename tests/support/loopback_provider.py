@@ -29,6 +29,8 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from support.marked import marked_processes
+
 HEAD = "head"
 """The head's id and node type; it is started by somebody else."""
 HEAD_IP = "127.0.0.1"
@@ -51,12 +53,7 @@ class Machine:
 
 def node_processes(node_id: str) -> list[psutil.Process]:
     """Every process of a node, its workers included."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.environ().get(NODE_ID) == node_id and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    return marked_processes(node_id, NODE_ID)
 
 
 class LoopbackNodeProvider(NodeProvider):

@@ -6,12 +6,12 @@ MARK = "BEATS_RAY_TEST_MARK"
 """The environment variable; its value is the test's own."""
 
 
-def marked_processes(mark: str) -> list[psutil.Process]:
-    """Those that carry the mark and are still there."""
+def marked_processes(mark: str, variable: str = MARK) -> list[psutil.Process]:
+    """Those that carry the mark, in this environment variable, and are still there."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != "zombie":
+            if process.environ().get(variable) == mark and process.status() != "zombie":
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
