@@ -40,9 +40,9 @@ FINETUNE = (
     "finetune.train.cpus_per_worker=1",
 )  # fmt: skip
 MASKED = (
-    "pretrain.encoder.preset=tiny", "pretrain.train.steps=150", "pretrain.train.warmup_steps=15",
-    "pretrain.train.learning_rate=1e-3", "pretrain.train.global_batch_size=16", "pretrain.train.num_workers=1",
-    "pretrain.train.cpus_per_worker=1", "pretrain.train.loggers=[]",
+    "encoder.preset=tiny", "train.steps=150", "train.warmup_steps=15",
+    "train.learning_rate=1e-3", "train.global_batch_size=16", "train.num_workers=1",
+    "train.cpus_per_worker=1", "train.loggers=[]",
 )  # fmt: skip
 
 
