@@ -29,10 +29,9 @@ pytestmark = [
     pytest.mark.skipif(not ESC10.is_dir(), reason=f"real clips are needed: {ESC10}"),
 ]
 
-CPUS = 2
 SETTINGS = 12
 STEPS, EPOCH = 120, 15  # 240 clips, 16 a step
-RAY = ("ray.address=local", f"ray.num_cpus={CPUS}", "ray.object_store_mib=512")
+RAY = ("ray.address=local", "ray.object_store_mib=512")
 DATA = ("data.clip_seconds=2.5", "data.cache=always")
 FINETUNE = (
     f"finetune.train.steps={STEPS}", f"finetune.validate_every_steps={EPOCH}", "finetune.train.warmup_steps=10",
@@ -72,7 +71,7 @@ def search(work: Path, scheduler: str) -> tuple[dict[str, Any], dict[str, float]
     begun = time.monotonic()
     process = start(
         log, "sweep", f"data.path={work / 'data'}", f"output={output}", *encoders, *DATA, *FINETUNE, *RAY,
-        f"sweep.num_trials={SETTINGS}", f"sweep.max_concurrent_trials={CPUS}", f"sweep.scheduler={scheduler}",
+        f"sweep.num_trials={SETTINGS}", f"sweep.max_concurrent_trials={os.cpu_count()}", f"sweep.scheduler={scheduler}",
     )  # fmt: skip
     while process.poll() is None and not list(output.glob("trials/*/metrics.jsonl")):
         time.sleep(0.2)
