@@ -27,13 +27,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_layers": 1, "width": 32, "num_heads": 2, "ffn_width": 64}
-TRIALS, STEPS = 5, 120
+TRIALS, STEPS = 5, 900
 SETTINGS = [
     "ray.address=local", "ray.num_cpus=3", "ray.object_store_mib=128", "data.clip_seconds=1",
-    "finetune.augment.mixup=0", "finetune.layer_drop=0", "finetune.validate_every_steps=40",
+    "finetune.augment.mixup=0", "finetune.layer_drop=0", "finetune.validate_every_steps=300",
     f"finetune.train.steps={STEPS}", "finetune.train.warmup_steps=1", "finetune.train.global_batch_size=4",
     "finetune.train.micro_batch_size=4", "finetune.train.checkpoint_every_steps=10",
-    "finetune.train.keep_checkpoints=50",
+    "finetune.train.keep_checkpoints=100",
     "finetune.train.loggers=[]",
     f"sweep.num_trials={TRIALS}", "sweep.max_concurrent_trials=1", "sweep.scheduler=none",
 ]  # fmt: skip
@@ -81,12 +81,14 @@ class Sweep:
         return found
 
     def in_progress(self) -> dict[Path, int]:
-        """The newest committed step of each trial that is under way."""
+        """The newest committed step of each trial that is under way, and that Tune's state on disk knows of."""
+        saved = max((path.stat().st_mtime_ns for path in self.output.glob("tune/trials/experiment_state*")), default=0)
         found = {}
         for trial in self.output.glob("trials/*"):
-            steps = [int(path.parent.name.removeprefix("step-")) for path in trial.glob("checkpoints/*/commit.json")]
-            if steps and trial not in self.finished():
-                found[trial] = max(steps)
+            commits = list(trial.glob("checkpoints/*/commit.json"))
+            known = any(path.stat().st_mtime_ns < saved for path in commits)
+            if known and trial not in self.finished():
+                found[trial] = max(int(path.parent.name.removeprefix("step-")) for path in commits)
         return found
 
     def board(self) -> dict[str, Any]:
