@@ -132,11 +132,12 @@ class GatedSelfAttention(nn.Module):
         bias_BHNN may have one clip for all. With `recompute`, neither the gated bias nor the attention weights are
         kept for the backward pass. A clip of padding alone attends to itself, so that no value is ever NaN.
         """
-        q_BHNK = self._split(self.q_proj(x_BND[:, first_query:]))
+        q_BND = self.q_proj(x_BND[:, first_query:])
+        q_BHNK = self._split(q_BND)
         bias_BHNN = bias_BHNN[:, :, first_query:]
         k_BHNK = self._split(self.k_proj(x_BND))
         v_BHNK = self._split(self.v_proj(x_BND))
-        gate_BHN1 = self._gate(q_BHNK) if self.gated else None
+        gate_BHN1 = self._gate(q_BND) if self.gated else None
         if backend == "auto":
             needs_grad = torch.is_grad_enabled() and (q_BHNK.requires_grad or bias_BHNN.requires_grad)
             backend = "matmul" if needs_grad and x_BND.device.type == "cpu" else "sdpa"
@@ -155,8 +156,9 @@ class GatedSelfAttention(nn.Module):
     def _split(self, x_BND: Tensor) -> Tensor:
         return x_BND.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
 
-    def _gate(self, q_BHNK: Tensor) -> Tensor:
-        halves = self.grep_linear(q_BHNK).unflatten(-1, (2, 4)).sum(-1).sigmoid()
+    def _gate(self, q_BND: Tensor) -> Tensor:
+        q_BNHK = q_BND.unflatten(-1, (self.num_heads, self.head_width))  # heads last but one: nothing is copied
+        halves = self.grep_linear(q_BNHK).unflatten(-1, (2, 4)).sum(-1).sigmoid().transpose(1, 2)
         gate_a, gate_b = halves.split(1, dim=-1)
         gate: Tensor = gate_a * (gate_b * self.grep_a - 1.0) + 2.0
         return gate

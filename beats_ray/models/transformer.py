@@ -1,6 +1,7 @@
 """The Transformer stack that encoder, label predictor and teacher estimator share.
 
-Shapes: B clips, N patches, D width, H heads.
+Shapes: B clips, N patches, D width, H heads; F frequencies, G groups of C input
+and O output channels, K taps.
 Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
 """
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
+from beats_ray.models.spectral import SPECTRAL_CLIPS, transform_length
 
 
 class TransformerLayer(nn.Module):
@@ -49,17 +51,33 @@ class TransformerLayer(nn.Module):
         if self.pre_norm:
             normed = self.self_attn_layer_norm(x_BND)
             x_BND = residual + self._drop(self.self_attn(normed, bias_BHNN, is_pad_BN, **options))
-            return x_BND + self._feed_forward(self.final_layer_norm(x_BND))
+            return x_BND + self._feed_forward(self.final_layer_norm(x_BND), recompute)
         attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
         x_BND = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
-        out: Tensor = self.final_layer_norm(torch.add(self._feed_forward(x_BND), x_BND, alpha=self.residual_scale))
+        out: Tensor = self.final_layer_norm(
+            torch.add(self._feed_forward(x_BND, recompute), x_BND, alpha=self.residual_scale)
+        )
         return out
 
-    def _feed_forward(self, x_BND: Tensor) -> Tensor:
-        hidden = F.gelu(self.fc1(x_BND))
+    def _feed_forward(self, x_BND: Tensor, recompute: bool) -> Tensor:
+        before = self.fc1(x_BND)
+        hidden = F.gelu(before)
         if self.training and self.activation_dropout:
-            hidden = F.dropout(hidden, self.activation_dropout)
-        return self._drop(self.fc2(hidden))
+            return self._drop(self.fc2(F.dropout(hidden, self.activation_dropout)))
+        if not recompute or torch.compiler.is_compiling():  # the compiler decides by itself what it keeps
+            return self._drop(self.fc2(hidden))
+        # The second product's input, the largest that a layer would keep, is computed again from what GELU keeps.
+        address = hidden.data_ptr()
+
+        def pack(kept: Tensor) -> Tensor | torch.Size:
+            return kept.shape if kept.data_ptr() == address else kept
+
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            return kept if isinstance(kept, Tensor) else F.gelu(before.detach()).view(kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            out = self.fc2(hidden)
+        return self._drop(out)
 
     def _drop(self, x_BND: Tensor) -> Tensor:
         return F.dropout(x_BND, self.dropout) if self.training and self.dropout else x_BND
@@ -74,8 +92,8 @@ class TransformerStack(nn.Module):
         self.attention_backend: AttentionBackend = "auto"
         self.checkpoint_layers = False
         """Whether the layers' activations are recomputed in the backward pass instead of kept."""
-        self.recompute_attention = True  # nothing of the size (B, H, N, N) is kept for the backward pass
-        """Whether attention weights and gated bias are recomputed in the backward pass; None: on accelerators only."""
+        self.recompute = True  # nothing of the size (B, H, N, N) is kept for the backward pass
+        """Whether attention weights, gated bias and GELU are recomputed in the backward pass instead of kept."""
         sizes = (config.relative_buckets, config.num_heads, config.relative_max_distance)
         bias: nn.Module = RelativeBias(*sizes)
         if config.relative_bias_2d:
@@ -111,7 +129,7 @@ class TransformerStack(nn.Module):
             if checkpointed:
                 new_BND = checkpoint(layer, x_BND, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
             else:
-                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=self.recompute_attention, **options)
+                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=self.recompute, **options)
             if self.training and self.layer_drop:
                 # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
                 keep_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.layer_drop
@@ -172,6 +190,53 @@ class PositionConv(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Returns the position embedding of every grid place; outside the grid counts as zeros."""
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
+        if not torch.compiler.is_exporting() and len(x_BND) >= SPECTRAL_CLIPS:
+            return F.gelu(_SpectralConvolution.apply(x_BND, weight, self.groups) + self.bias)
         out_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         # An even kernel yields one place too many: the last one goes, as in the release.
         return F.gelu(out_BDN[..., : x_BND.shape[1]]).transpose(1, 2)
+
+
+class _SpectralConvolution(torch.autograd.Function):
+    """The grouped convolution of a sequence with zeros around it as a product of Fourier transforms, in fp32.
+
+    Each group is a small matrix product for each frequency: for the 128 taps of the base encoder a tenth of the
+    operations or less. The kernel's spectrum, far larger than the kernel, is computed again for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BND: Tensor, weight_DCK: Tensor, groups: int) -> Tensor:
+        """Returns (B, N, D); weight_DCK has C channels in a group and K taps, that of the place itself at K // 2."""
+        patches, before = x_BND.shape[1], weight_DCK.shape[2] // 2
+        length = transform_length(patches, weight_DCK.shape[2])
+        x_FGBC = _spectrum(F.pad(x_BND, (0, 0, before, 0)), length, groups)
+        ctx.save_for_backward(x_FGBC, weight_DCK)
+        ctx.length, ctx.patches, ctx.groups, ctx.dtype = length, patches, groups, x_BND.dtype
+        weight_FGOC = _kernel_spectrum(weight_DCK, length, groups)
+        return _sequence(x_FGBC @ weight_FGOC.mH, length)[:, :patches].to(x_BND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x_FGBC, weight_DCK = ctx.saved_tensors
+        taps, length = weight_DCK.shape[2], ctx.length
+        grad_FGBO = _spectrum(grad_BND, length, ctx.groups)
+        weight_FGOC = _kernel_spectrum(weight_DCK, length, ctx.groups)
+        x_grad = _sequence(grad_FGBO @ weight_FGOC, length)[:, taps // 2 : taps // 2 + ctx.patches]
+        kernel_grad_FGOC = grad_FGBO.mH @ x_FGBC
+        weight_grad = torch.fft.irfft(kernel_grad_FGOC.permute(1, 2, 3, 0), n=length)[..., :taps].flatten(0, 1)
+        return x_grad.to(ctx.dtype), weight_grad.to(weight_DCK.dtype), None
+
+
+def _spectrum(x_BND: Tensor, length: int, groups: int) -> Tensor:
+    """Frequencies (F, G, B, C) of sequences that are continued with zeros."""
+    return torch.fft.rfft(x_BND.float(), n=length, dim=1).unflatten(2, (groups, -1)).permute(1, 2, 0, 3)
+
+
+def _sequence(x_FGBC: Tensor, length: int) -> Tensor:
+    """The sequences (B, N, D) of these frequencies."""
+    return torch.fft.irfft(x_FGBC.permute(2, 0, 1, 3).flatten(2), n=length, dim=1)
+
+
+def _kernel_spectrum(weight_DCK: Tensor, length: int, groups: int) -> Tensor:
+    """Frequencies (F, G, O, C) of the taps."""
+    return torch.fft.rfft(weight_DCK.float().unflatten(0, (groups, -1)), n=length).permute(3, 0, 1, 2)

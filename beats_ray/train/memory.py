@@ -3,14 +3,14 @@
     step = step_activations("pretrain", config, published)
     step.peak_bytes                                           # at the worst moment of a step
 
-`kept_bytes` is what the forward pass keeps for the backward pass. Per patch a layer keeps 9 vectors of `width` (its
-input; queries, keys, values, and the queries again as the gate's input; the attended values; both sums that are
-normalised; the feed-forward block's input), 2 of `ffn_width` and 4 numbers a head (the gate). Attention weights are
-computed again in the backward pass, so that only the relative bias is of the size (heads, patches, patches): one for
-all clips where these see the whole grid, one for each clip, with int64 offsets, in masked pre-training. With activation
-checkpointing a layer of the encoder keeps its input alone; those of the label predictor and the estimator are not
-checkpointed. A tokenizer also keeps, through a step, what its codebook will move by. The peak adds what a layer, or the
-head, needs for itself while its gradient is computed.
+`kept_bytes` is what the forward pass keeps for the backward pass. Per patch a layer keeps 8 vectors of `width` (its
+input; queries, keys, values; the attended values; both sums that are normalised; the feed-forward block's input), one
+of `ffn_width` and 4 numbers a head (the gate). Attention weights and GELU are computed again in the backward pass, so
+that only the relative bias is of the size (heads, patches, patches): one for all clips where these see the whole grid,
+one for each clip, with int64 offsets, in masked pre-training. With activation checkpointing a layer of the encoder
+keeps its input alone; those of the label predictor and the estimator are not checkpointed. A tokenizer also keeps,
+through a step, what its codebook will move by. The peak adds what a layer, or the head, needs for itself while its
+gradient is computed.
 
 Left out: the allocator's fragments, the CUDA context and the libraries' workspaces (1-2 GiB on a GPU).
 
@@ -23,6 +23,7 @@ from typing import Any
 
 from beats_ray.config import DistillConfig, FinetuneConfig, PretrainConfig, TrainSettings
 from beats_ray.models.config import EncoderConfig
+from beats_ray.models.spectral import SPECTRAL_CLIPS, num_frequencies
 from beats_ray.train.flops import (
     ESTIMATOR_LAYERS,
     Precision,
@@ -92,11 +93,11 @@ class _Batch:
 def _layer(config: EncoderConfig, batch: _Batch, queries: int, keys: int) -> Activations:
     """One layer, its attention recomputed."""
     width = config.width
-    values = 3 * keys * width + 5 * queries * width + 2 * queries * config.ffn_width
+    values = 3 * keys * width + 5 * queries * width + queries * config.ffn_width * (1 + bool(config.activation_dropout))
     if queries != keys:
         values += queries * width  # the queries' part of the input is copied
     if config.gated_relative_bias:
-        values += queries * (width + 4 * config.num_heads)  # the gate's input is a copy of the queries
+        values += queries * 4 * config.num_heads
     masks = queries * (2 * width * bool(config.dropout) + config.ffn_width * bool(config.activation_dropout))
     statistics = 4 * queries  # mean and deviation of two norms
     kept = batch.kept(values + masks / batch.value_bytes, statistics)
@@ -136,7 +137,11 @@ def _encoder(config: EncoderConfig, batch: _Batch, patches: int, grid: int, per_
     embedded = patches * (config.patch_size**2 + config.patch_embed_width)
     if config.patch_embed_width != config.width:
         embedded += patches * config.patch_embed_width
-    positions = (2 * grid + patches) * config.width  # the convolution's input and output, and the sum
+    positions = (grid + patches) * config.width  # the convolution's output, and the sum
+    if batch.clips < SPECTRAL_CLIPS:
+        positions += grid * config.width  # its input
+    else:
+        total += batch.kept(0, 2 * num_frequencies(grid, config.conv_pos_kernel) * config.width)  # its input's spectrum
     total += batch.kept(embedded + positions + patches * config.width, 4 * patches)
     layers = _stack(config, batch, config.num_layers, patches, checkpointed=batch.checkpointed)
     return total + _bias(config, batch, patches, per_clip_bias) + layers

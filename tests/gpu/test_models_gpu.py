@@ -89,7 +89,7 @@ def test_training_on_the_gpu_keeps_nothing_of_the_size_of_the_attention_weights(
     wave = 0.1 * torch.randn(8, 160_000, device="cuda")
     peaks = {}
     for recompute in (True, False):
-        encoder.encoder.recompute_attention = recompute
+        encoder.encoder.recompute = recompute
         encoder.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         encoder.features_from_waveform(wave).features_BND.square().mean().backward()

@@ -123,7 +123,7 @@ def test_training_keeps_nothing_as_large_as_the_attention_weights() -> None:
         return value
 
     for recompute, layers in ((True, 0), (False, 4)):
-        encoder.encoder.recompute_attention = recompute
+        encoder.encoder.recompute = recompute
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             encoder(fbank)
@@ -157,7 +157,7 @@ def test_attention_backends_and_recomputation_agree_in_output_and_gradient(padde
         ("matmul", True, False),
     ):
         encoder.use(attention_backend=backend, checkpoint_layers=layers)  # type: ignore[arg-type]
-        encoder.encoder.recompute_attention = attention
+        encoder.encoder.recompute = attention
         encoder.zero_grad()
         features = encoder(fbank, count, visible).features_BND
         (features * torch.linspace(-1, 1, 128)).sum().backward()

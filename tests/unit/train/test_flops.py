@@ -63,7 +63,7 @@ def counted(module: torch.nn.Module, *inputs: object) -> int:
     for stack in module.modules():
         if isinstance(stack, TransformerStack):
             stack.use("matmul")
-            stack.recompute_attention = False
+            stack.recompute = False
     mapping = {torch.ops.aten.convolution_backward: conv_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         output = module(*inputs)

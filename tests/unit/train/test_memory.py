@@ -170,7 +170,7 @@ def test_activation_checkpointing_can_be_asked_for_beside_the_settings() -> None
     _, _, estimate = finetuning("tiny")
     _, _, checkpointed = finetuning("tiny", "train.activation_checkpointing=true")
     assert estimate(checkpointed=True) == checkpointed()
-    assert checkpointed().kept_bytes < estimate().kept_bytes / 4
+    assert checkpointed().kept_bytes < estimate().kept_bytes / 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
