@@ -216,7 +216,7 @@ class _SpectralConvolution(torch.autograd.Function):
         return _sequence(x_FGBC @ weight_FGOC.mH, length)[:, :patches].to(x_BND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_FGBC, weight_DCK = ctx.saved_tensors
         taps, length = weight_DCK.shape[2], ctx.length
         grad_FGBO = _spectrum(grad_BND, length, ctx.groups)
