@@ -180,6 +180,7 @@ class PositionConv(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.groups = groups
+        self.spectral_clips = SPECTRAL_CLIPS
         self.bias = nn.Parameter(torch.zeros(width))
         self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
         self.weight_v = nn.Parameter(torch.empty(width, width // groups, kernel))
@@ -190,7 +191,7 @@ class PositionConv(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Returns the position embedding of every grid place; outside the grid counts as zeros."""
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
-        if not torch.compiler.is_exporting() and len(x_BND) >= SPECTRAL_CLIPS:
+        if not torch.compiler.is_exporting() and len(x_BND) >= self.spectral_clips:
             return F.gelu(_SpectralConvolution.apply(x_BND, weight, self.groups) + self.bias)
         out_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         # An even kernel yields one place too many: the last one goes, as in the release.
