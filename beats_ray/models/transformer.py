@@ -1,7 +1,6 @@
 """The Transformer stack that encoder, label predictor and teacher estimator share.
 
-Shapes: B clips, N patches, D width, H heads; F frequencies, G groups of C input
-and O output channels, K taps.
+Shapes: B clips, N patches, D width, H heads; F frequencies, G groups of C input and O output channels, K taps.
 Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
 """
 
