@@ -9,6 +9,9 @@ from typing import Any
 
 from beats_ray.clusters.ray_up import DATA_NODE_LABEL, SECRET, is_pinned
 
+METADATA_ADDRESS = "169.254.169.254"
+METADATA_POLICY = "metadata-server"
+"""The policy of `cluster/kuberay/components/gke`, which alone may open it."""
 PODS_OF = {"StatefulSet": "template", "Deployment": "template", "Job": "template", "DaemonSet": "template"}
 SECRET_NAME = re.compile(r"(?i)password|secret|token|access_key")
 RAY_KINDS = ("RayCluster", "RayJob")
@@ -152,6 +155,18 @@ def _network_mistakes(manifests: list[dict[str, Any]]) -> Iterator[str]:
             yield (
                 f"NetworkPolicy: none denies {rule} by default (podSelector: {{}}, policyTypes: [{direction}], no "
                 "rules); add one, and allow what is needed"
+            )
+    for manifest in manifests:
+        name = (manifest.get("metadata") or {}).get("name")
+        rules = (manifest.get("spec") or {}).get("egress") or [] if manifest.get("kind") == "NetworkPolicy" else []
+        if name != METADATA_POLICY and any(
+            METADATA_ADDRESS in ((peer.get("ipBlock") or {}).get("cidr") or "")
+            for rule in rules
+            for peer in rule.get("to") or []
+        ):
+            yield (
+                f"NetworkPolicy {name}: {METADATA_ADDRESS} hands the node's own role to pods where it is not GKE's; "
+                "leave it out, or use components/gke"
             )
     for policy in policies:
         for rule in policy.get("ingress") or []:

@@ -28,6 +28,9 @@ PROVIDERS: dict[str, tuple[NodeRules, Callable[[dict[str, Any]], bool]]] = {
 }
 
 
+DOCKER_OPTIONS = ("run_options", "worker_run_options")
+
+
 def find_mistakes(config: dict[str, Any]) -> list[str]:
     """Every mistake as `field=value: rule; remedy`. Ray's own come first and alone: the rest needs a whole file."""
     found = _ray_mistakes(config)
@@ -90,6 +93,17 @@ def _access_mistakes(config: dict[str, Any]) -> Iterator[str]:
     image = (config.get("docker") or {}).get("image") or ""
     if not is_pinned(image):
         yield f"docker.image={image!r}: all nodes must run one image; name it with a tag other than latest, or a digest"
+    options = " ".join(
+        str(option) for name in DOCKER_OPTIONS for option in (config.get("docker") or {}).get(name) or []
+    )
+    node_types = config.get("available_node_types") or {}
+    if "NVIDIA_VISIBLE_DEVICES=" not in options and any(
+        (node_type.get("resources") or {}).get("GPU") for node_type in node_types.values()
+    ):
+        yield (
+            "docker.worker_run_options: NVIDIA's runtime shows a container no GPU without NVIDIA_VISIBLE_DEVICES; add "
+            "--env=NVIDIA_VISIBLE_DEVICES=all"
+        )
 
 
 def is_pinned(image: str) -> bool:

@@ -104,4 +104,6 @@ def say(comparison: Mapping[str, Any]) -> str:
         return f"{figure}; one pair, whose error is not known"
     low, high = comparison["interval"]
     verdict = "no more than noise" if comparison["is_noise"] else "more than noise"
+    if comparison["over"] == "clips":
+        verdict += ", of clips alone: what another seed changes is not known from one run of each"
     return f"{figure} [{low:+.3f}, {high:+.3f}] over {comparison['over']}: {verdict}"

@@ -116,7 +116,11 @@ def read_history(output: Place, trial_id: str) -> list[dict[str, Any]]:
         text = (output / "tune" / "trials" / trial_id / "result.json").read_bytes().decode()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    *whole, last = text.split("\n")
+    reports = [json.loads(line) for line in whole if line.strip()]
+    with suppress(ValueError):  # cut where the driver was killed while it wrote
+        reports.append(json.loads(last))
+    return reports
 
 
 def read_histories(output: Place) -> dict[str, list[dict[str, Any]]]:

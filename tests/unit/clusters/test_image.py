@@ -32,6 +32,7 @@ def test_the_image_sets_what_a_private_cluster_has_and_demands_tokens() -> None:
     (block,) = re.findall(r"^ENV PATH=(.*?[^\\])$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE | re.DOTALL)
     variables = dict(re.findall(r"(\w+)=(\S+)", block))
     assert variables.pop("RAY_AUTH_MODE") == "token"
+    assert variables.pop("HOME") == "/home/ray"  # below which `ray up` mounts the token
     assert variables.pop("RAY_USAGE_STATS_ENABLED") == "0"
     assert variables == {name: _RAY_ENVIRONMENT[name] for name in variables}
     assert {name for name in _RAY_ENVIRONMENT if name.startswith("MALLOC")} <= set(variables)

@@ -1,6 +1,7 @@
 """`cluster/kuberay`: what kustomize renders fits the published schemas and is closed; each way to break it is seen."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -55,6 +56,30 @@ def test_the_other_objects_fit_kubernetes_schemas(folder: str) -> None:
     others = [item for item in render(folder) if not item["apiVersion"].startswith("ray.io/")]
     assert {"Namespace", "ServiceAccount", "NetworkPolicy"} <= {item["kind"] for item in others}
     assert [line for item in others for line in kubernetes_mistakes(item)] == []
+
+
+@pytest.mark.parametrize(("component", "policy"), [("gke", "metadata-server"), ("monitoring", "metrics")])
+def test_a_component_adds_its_policy_and_leaves_the_objects_closed(component: str, policy: str, tmp_path: Path) -> None:
+    if not any(shutil.which(program) for program, _ in KUSTOMIZE):
+        pytest.skip("neither kubectl nor kustomize is installed")
+    base, added = (os.path.relpath(KUBERAY / part, tmp_path) for part in ("overlays/small", f"components/{component}"))
+    (tmp_path / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [{added}]\n")
+    objects = read_manifests(tmp_path)
+    assert find_mistakes(objects) == []
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    assert policy in {item["metadata"]["name"] for item in policies}
+    assert {item["metadata"]["namespace"] for item in policies} == {"beats-ray"}
+    assert [line for item in policies for line in kubernetes_mistakes(item)] == []
+
+
+def test_the_node_s_metadata_is_open_to_pods_by_gke_s_component_alone() -> None:
+    objects = render("overlays/small")
+    names = next(item for item in objects if item["metadata"]["name"] == "names-and-storage")
+    names["spec"]["egress"].append({"to": [{"ipBlock": {"cidr": "169.254.169.254/32"}}]})
+    (mistake,) = find_mistakes(objects)
+    assert "NetworkPolicy names-and-storage: 169.254.169.254" in mistake
+    names["metadata"]["name"] = "metadata-server"
+    assert find_mistakes(objects) == []
 
 
 def test_the_overlays_differ_in_size_and_the_job_s_cluster_is_the_overlay_s() -> None:

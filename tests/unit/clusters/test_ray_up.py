@@ -65,6 +65,7 @@ COMMON: list[tuple[str, Callable[[Config], Any], str]] = [
     ("wrong type", lambda c: c.update(max_workers="many"), "max_workers: 'many' is not of type 'integer'"),
     ("no such head", lambda c: c.update(head_node_type="boss"), "head_node_type"),
     ("no docker image", lambda c: drop(c, "docker", "image"), "Ray refuses the file"),
+    ("GPUs that no container sees", lambda c: drop(c, "docker", "worker_run_options"), "NVIDIA_VISIBLE_DEVICES=all"),
     ("public", lambda c: c["provider"].update(use_internal_ips=False), "provider.use_internal_ips=False"),
     ("no token file", lambda c: c.update(file_mounts={}), "file_mounts: no node gets the cluster's token"),
     (

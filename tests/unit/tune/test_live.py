@@ -75,6 +75,8 @@ def test_what_was_reported_before_an_interruption_is_read_again(board: LiveBoard
         (folder / name).mkdir(parents=True)
     records = [{"step": step, "validation/accuracy": step / 100, "config": {}} for step in (10, 20)]
     (folder / "a" / "result.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with (folder / "a" / "result.json").open("a") as file:
+        file.write('{"step": 3')  # where the driver was killed
     (folder / "b" / "result.json").write_text("")
     assert read_histories(open_place(str(tmp_path / "sweep"))) == {"a": records}
     trial = Trial("a")

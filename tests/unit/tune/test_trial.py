@@ -122,7 +122,10 @@ def test_an_interrupted_trial_goes_on_and_a_finished_one_only_says_again_what_it
 ) -> None:
     saves = "finetune.train.checkpoint_every_steps=8"
     first = run(tmp_path, manifest, GOOD, Tune(stop_after=1), saves, monkeypatch=monkeypatch)
+    request = tmp_path / "sweep" / "trials" / "t" / "stop-requested.json"
+    request.write_text("{}")  # as Ctrl-C left it: a second one must be heard, too
     second = run(tmp_path, manifest, GOOD, Tune(), saves, monkeypatch=monkeypatch)
+    assert not request.exists()
     assert [report["step"] for report in first.reports + second.reports] == [8, 16, 24]
     assert [report["validations"] for report in first.reports + second.reports] == [1, 2, 3]
     model = tmp_path / "sweep" / "trials" / "t" / "model" / "model.safetensors"
