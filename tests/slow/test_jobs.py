@@ -115,12 +115,23 @@ def test_the_dashboard_is_not_among_what_listens_beyond_loopback(head: TokenClus
     assert int(head.dashboard.rpartition(":")[2]) not in ports
 
 
-def test_the_token_is_in_no_log_and_no_job_record(head: TokenCluster) -> None:
-    assert "SUCCEEDED" in head.run(str(head.ray), "job", "submit", "--", "env").stdout.upper()
-    token = head.token_file.read_text()
-    logs = [path for path in head.logs.rglob("*") if path.is_file() and path.suffix in (".log", ".out", ".err")]
-    assert len(logs) > 5
-    assert [path for path in logs if token in path.read_text(errors="replace")] == []
+def test_token_and_storage_key_are_in_no_log_no_job_record_and_nothing_that_a_job_wrote(
+    head: TokenCluster, folder: Path
+) -> None:
+    output = folder / "secrets"
+    command = [
+        "jobs/pretrain.py", f"data.path={folder / 'data'}", "data.clip_seconds=2", f"tokenizer={folder / 'tokenizer'}",
+        f"output={output}", "predictor.num_layers=1", *ENCODER, *train(4), "train.checkpoint_every_steps=2",
+    ]  # fmt: skip
+    done = submit(head, "secrets", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.dumps(job(head, "secrets-1"))
+    files = [path for place in (head.logs, output) for path in place.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix in (".log", ".out", ".err")]) > 5
+    assert [path for path in files if path.suffix == ".safetensors"]
+    for secret in (head.token_file.read_text(), head.storage_key):
+        assert secret not in record + done.stdout + done.stderr
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 
 def test_with_tls_a_job_runs_and_a_driver_without_a_certificate_does_not_join(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def search(work: Path, scheduler: str) -> tuple[dict[str, Any], dict[str, float]
         log, "sweep", f"data.path={work / 'data'}", f"output={output}", *encoders, *DATA, *FINETUNE, *RAY,
         f"sweep.num_trials={SETTINGS}", f"sweep.max_concurrent_trials={os.cpu_count()}", f"sweep.scheduler={scheduler}",
     )  # fmt: skip
-    while process.poll() is None and not list(output.glob("trials/*/metrics.jsonl")):
+    while process.poll() is None and not any(path.stat().st_size for path in output.glob("tune/trials/*/result.json")):
         time.sleep(0.2)
     first, times = time.monotonic() - begun, psutil.cpu_times()
     finish(process, log, 3600)

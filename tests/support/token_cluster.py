@@ -42,6 +42,8 @@ class TokenCluster:
         """Ray's own logs, while the head runs."""
         self.ray = Path(sys.executable).with_name("ray")
         self._certificates = certificates
+        self.storage_key = secrets.token_hex(20)
+        """In the environment of the head and of all jobs, as AWS_SECRET_ACCESS_KEY."""
         self._mark = uuid.uuid4().hex
 
     def environment(self, token: str | None = RIGHT) -> dict[str, str]:
@@ -49,7 +51,7 @@ class TokenCluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.dashboard, "HOME": str(self.home)}
         kept["PATH"] = os.pathsep.join([str(self.ray.parent), kept.get("PATH", "")])
-        kept |= self._tls()
+        kept |= self._tls() | {"AWS_SECRET_ACCESS_KEY": self.storage_key}
         if token is None:
             return kept | {"RAY_AUTH_MODE": "disabled"}
         if token == RIGHT:
