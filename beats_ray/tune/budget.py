@@ -39,10 +39,14 @@ class Budget(Stopper):
         if result.get("done"):  # Tune shows the last report again when a trial has ended
             return False
         # The sum of what each report took: `time_total_s` begins anew with a trial that goes on after an interruption.
-        self._trial_seconds[trial_id] = self.seconds_of(trial_id) + float(result.get("time_this_iter_s", 0.0))
+        self.add(trial_id, float(result.get("time_this_iter_s", 0.0)))
+        return False
+
+    def add(self, trial_id: str, seconds: float) -> None:
+        """A trial has run for so long beyond what was counted."""
+        self._trial_seconds[trial_id] = self.seconds_of(trial_id) + seconds
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
-        return False
 
     def stop_all(self) -> bool:
         return self.used_up is not None
@@ -53,7 +57,7 @@ class Budget(Stopper):
         return self._seconds_before + time.monotonic() - self._started
 
     def seconds_of(self, trial_id: str) -> float:
-        """That a trial has run, up to its last report, over all starts of the sweep."""
+        """That a trial has run, up to its last report or failure, over all starts of the sweep."""
         return self._trial_seconds.get(trial_id, 0.0)
 
     @property

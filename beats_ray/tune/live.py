@@ -30,6 +30,8 @@ class LiveBoard(Callback):
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self._ended: set[str] | None = None
         """Trials that ended by themselves or by the scheduler: Tune says nothing of those that the budget ends."""
+        self._since: dict[str, float] = {}
+        """When each running trial started or last reported: what one takes that fails before a report counts too."""
         self._written = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -38,8 +40,13 @@ class LiveBoard(Callback):
         if self._ended is None:
             self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        del iteration, trials
+        self._since[trial.trial_id] = time.monotonic()
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         del iteration
+        self._since[trial.trial_id] = time.monotonic()
         self._history_of(trial.trial_id).append(dict(result))
         self._look(trials)
 
@@ -50,8 +57,18 @@ class LiveBoard(Callback):
         self._look(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        del iteration, trial
+        del iteration
+        self._count_failed(trial)
         self._look(trials)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        del iteration, trials
+        self._count_failed(trial)
+
+    def _count_failed(self, trial: Any) -> None:
+        since = self._since.pop(trial.trial_id, None)
+        if since is not None:
+            self._budget.add(trial.trial_id, time.monotonic() - since)
 
     def _look(self, trials: list[Any]) -> None:
         self._trials = trials

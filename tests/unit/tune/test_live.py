@@ -109,3 +109,30 @@ def test_a_trial_s_time_and_cost_are_those_of_all_starts(tmp_path: Path) -> None
         budget.write()
     row = board.write("running")["trials"][0]
     assert (row["seconds"], row["cost"]) == (3600.0, pytest.approx(2.0))
+
+
+def test_a_trial_that_fails_before_its_next_report_has_taken_time_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_dataset(tmp_path / "data", ("x", "y"))
+    config = load_config(SweepConfig, None, [f"output={tmp_path / 'sweep'}", f"data.path={tmp_path / 'data'}"])
+    budget, trial = Budget(config.sweep, ONE_CPU, open_place(config.output)), Trial("a")
+    board = LiveBoard(config, manifest, budget)
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def after(seconds: float) -> None:
+        now[0] += seconds
+
+    board.on_trial_start(0, [trial], trial)
+    after(5.0)
+    trial.last_result = {"step": 10, "time_this_iter_s": 5.0}
+    budget("a", trial.last_result)
+    board.on_trial_result(1, [trial], trial, trial.last_result)
+    after(3.0)
+    board.on_trial_recover(2, [trial], trial)  # its node is lost, and it is tried again
+    after(100.0)  # while it waits for room
+    board.on_trial_start(3, [trial], trial)
+    after(7.0)
+    board.on_trial_error(4, [trial], trial)
+    assert budget.seconds_of("a") == pytest.approx(15.0)
