@@ -1,6 +1,6 @@
 """Tells Ray that a spot machine is about to be taken, as soon as its cloud says so: runs on it make a checkpoint.
 
-    python -m beats_ray.clusters.spot_notice aws    # or gcp; beside Ray on each worker of `ray up`, until a notice comes
+    python -m beats_ray.clusters.spot_notice aws  # or gcp; beside Ray on each worker of `ray up`
 
 AWS announces the end two minutes before, Google Cloud 30 s. A pod needs nothing of this.
 """
