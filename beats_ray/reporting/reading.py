@@ -48,7 +48,7 @@ def json_list(place: Place) -> list[Any]:
 
 
 def json_lines(place: Place) -> list[dict[str, Any]]:
-    """One JSON object a line. A last line that is not whole is left out: it is being written."""
+    """One JSON object a line. A last line that is not whole, being written or cut by a kill, is left out."""
     text = place.read_bytes().decode()
     whole, _, last = text.rpartition("\n")
     records = [json.loads(line) for line in whole.splitlines() if line.strip()]

@@ -15,7 +15,7 @@ from beats_ray.models import describe_model
 from beats_ray.telemetry import run_name
 from beats_ray.train.checks import training_part
 from beats_ray.train.context import WorkerContext, ray_train_context, single_process_context
-from beats_ray.train.faults import explained
+from beats_ray.train.faults import STOP_REQUEST, explained
 from beats_ray.train.flops import step_flops_per_clip
 from beats_ray.train.jobs import Run
 from beats_ray.train.loggers import Logger, build_loggers, flat_settings
@@ -47,6 +47,7 @@ def train_trial(run: Run, report: Callable[[int, dict[str, float]], None]) -> No
         if run.choose_by in metrics:
             report(step, metrics)
 
+    with_retries((run.output / STOP_REQUEST).delete, run.train.storage_retry_seconds)  # of an earlier Ctrl-C
     train(run, single_process_context(report_validations, run.train.use_gpu))
 
 

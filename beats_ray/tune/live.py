@@ -1,6 +1,5 @@
 """The leaderboard of a sweep that is under way, from Ray Tune's own view of its trials."""
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from ray.tune import Callback
 from beats_ray.config import SweepConfig
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, StorageError, open_place
+from beats_ray.reporting.reading import json_lines
 from beats_ray.tune.budget import Budget
 from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
 
@@ -130,14 +130,9 @@ def _has_begun(trial: Any) -> bool:
 def read_history(output: Place, trial_id: str) -> list[dict[str, Any]]:
     """The reports of a trial that Ray Tune has logged, oldest first."""
     try:
-        text = (output / "tune" / "trials" / trial_id / "result.json").read_bytes().decode()
+        return json_lines(output / "tune" / "trials" / trial_id / "result.json")
     except FileNotFoundError:
         return []
-    *whole, last = text.split("\n")
-    reports = [json.loads(line) for line in whole if line.strip()]
-    with suppress(ValueError):  # cut where the driver was killed while it wrote
-        reports.append(json.loads(last))
-    return reports
 
 
 def read_histories(output: Place) -> dict[str, list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from beats_ray.config import ConfigError, FinetuneConfig, SweepConfig, replace, section_fields
 from beats_ray.data.manifest import NO_FOLD, DatasetManifest
-from beats_ray.data.storage import Place, open_place, with_retries
+from beats_ray.data.storage import Place, open_place
 from beats_ray.identity import stage_identity
 from beats_ray.stage import run_stage
 from beats_ray.train.checks import check_folds
@@ -219,9 +219,6 @@ def _train(run: Run, trials: Trials, reports: Reports) -> None:
         with pointer(run.output, step) if is_exchanged else nullcontext() as checkpoint:
             tune.report(reports.of(step, metrics), checkpoint=checkpoint)
 
-    from beats_ray.train.faults import STOP_REQUEST
-
-    with_retries((run.output / STOP_REQUEST).delete, run.train.storage_retry_seconds)  # of an earlier Ctrl-C
     train_trial(run, report)
 
 
