@@ -145,7 +145,8 @@ def _container_mistakes(container: dict[str, Any]) -> Iterator[str]:
 
 
 def _network_mistakes(manifests: list[dict[str, Any]]) -> Iterator[str]:
-    policies = [manifest.get("spec") or {} for manifest in manifests if manifest.get("kind") == "NetworkPolicy"]
+    found = [manifest for manifest in manifests if manifest.get("kind") == "NetworkPolicy"]
+    policies = [manifest.get("spec") or {} for manifest in found]
     for direction in ("Ingress", "Egress"):
         rule = direction.lower()
         if not any(
@@ -156,19 +157,15 @@ def _network_mistakes(manifests: list[dict[str, Any]]) -> Iterator[str]:
                 f"NetworkPolicy: none denies {rule} by default (podSelector: {{}}, policyTypes: [{direction}], no "
                 "rules); add one, and allow what is needed"
             )
-    for manifest in manifests:
+    for manifest, policy in zip(found, policies, strict=True):
         name = (manifest.get("metadata") or {}).get("name")
-        rules = (manifest.get("spec") or {}).get("egress") or [] if manifest.get("kind") == "NetworkPolicy" else []
-        if name != METADATA_POLICY and any(
-            METADATA_ADDRESS in ((peer.get("ipBlock") or {}).get("cidr") or "")
-            for rule in rules
-            for peer in rule.get("to") or []
-        ):
+        peers = [peer for rule in policy.get("egress") or [] for peer in rule.get("to") or []]
+        blocks = [(peer.get("ipBlock") or {}).get("cidr") or "" for peer in peers]
+        if name != METADATA_POLICY and any(METADATA_ADDRESS in block for block in blocks):
             yield (
                 f"NetworkPolicy {name}: {METADATA_ADDRESS} hands the node's own role to pods where it is not GKE's; "
                 "leave it out, or use components/gke"
             )
-    for policy in policies:
         for rule in policy.get("ingress") or []:
             if not rule.get("from"):
                 yield "NetworkPolicy: an ingress rule without `from` lets everybody in; name who may"
