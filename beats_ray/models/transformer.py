@@ -5,6 +5,7 @@ Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -61,25 +62,33 @@ class TransformerLayer(nn.Module):
     def _feed_forward(self, x_BND: Tensor, recompute: bool) -> Tensor:
         before = self.fc1(x_BND)
         hidden = F.gelu(before)
+        keeping: AbstractContextManager[object] = nullcontext()
         if self.training and self.activation_dropout:
-            return self._drop(self.fc2(F.dropout(hidden, self.activation_dropout)))
-        if not recompute or torch.compiler.is_compiling():  # the compiler decides by itself what it keeps
-            return self._drop(self.fc2(hidden))
-        # The second product's input, the largest that a layer would keep, is computed again from what GELU keeps.
-        address = hidden.data_ptr()
-
-        def pack(kept: Tensor) -> Tensor | torch.Size:
-            return kept.shape if kept.data_ptr() == address else kept
-
-        def unpack(kept: Tensor | torch.Size) -> Tensor:
-            return kept if isinstance(kept, Tensor) else F.gelu(before.detach()).view(kept)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            hidden = F.dropout(hidden, self.activation_dropout)
+        elif recompute and not torch.compiler.is_compiling():  # the compiler decides by itself what it keeps
+            keeping = _gelu_not_kept(before, hidden)
+        with keeping:
             out = self.fc2(hidden)
         return self._drop(out)
 
     def _drop(self, x_BND: Tensor) -> Tensor:
         return F.dropout(x_BND, self.dropout) if self.training and self.dropout else x_BND
+
+
+def _gelu_not_kept(before: Tensor, after: Tensor) -> AbstractContextManager[object]:
+    """Within the block `after` is not kept for the backward pass but computed again from `before`, which GELU keeps.
+
+    It is the largest that a layer would keep.
+    """
+    address = after.data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.data_ptr() == address else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else F.gelu(before.detach()).view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class TransformerStack(nn.Module):
