@@ -35,6 +35,14 @@ def train(steps: int, section: str = "") -> list[str]:
     return [f"{section}train.{name}={value}" for name, value in {**TRAIN, "steps": steps}.items()]
 
 
+def pretraining(folder: Path, output: Path, steps: int, checkpoint_every_steps: int) -> list[str]:
+    return [
+        "jobs/pretrain.py", f"data.path={folder / 'data'}", "data.clip_seconds=2", f"tokenizer={folder / 'tokenizer'}",
+        f"output={output}", "predictor.num_layers=1", *ENCODER, *train(steps),
+        f"train.checkpoint_every_steps={checkpoint_every_steps}",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenCluster]:
     with tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as sockets:
@@ -119,10 +127,7 @@ def test_token_and_storage_key_are_in_no_log_no_job_record_and_nothing_that_a_jo
     head: TokenCluster, folder: Path
 ) -> None:
     output = folder / "secrets"
-    command = [
-        "jobs/pretrain.py", f"data.path={folder / 'data'}", "data.clip_seconds=2", f"tokenizer={folder / 'tokenizer'}",
-        f"output={output}", "predictor.num_layers=1", *ENCODER, *train(4), "train.checkpoint_every_steps=2",
-    ]  # fmt: skip
+    command = pretraining(folder, output, steps=4, checkpoint_every_steps=2)
     done = submit(head, "secrets", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.dumps(job(head, "secrets-1"))
@@ -158,10 +163,7 @@ def test_a_job_that_is_stopped_in_mid_training_goes_on_when_it_is_submitted_agai
     head: TokenCluster, folder: Path
 ) -> None:
     run = folder / "pretrain"
-    command = [
-        "jobs/pretrain.py", f"data.path={folder / 'data'}", "data.clip_seconds=2", f"tokenizer={folder / 'tokenizer'}",
-        f"output={run}", "predictor.num_layers=1", *ENCODER, *train(STEPS), "train.checkpoint_every_steps=100000",
-    ]  # fmt: skip
+    command = pretraining(folder, run, STEPS, checkpoint_every_steps=100_000)
     wrong = submit(head, "pretrain", *command, "train.sleps=1")
     assert wrong.returncode == 2
     assert "train.sleps: unknown config key" in wrong.stdout

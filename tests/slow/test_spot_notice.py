@@ -3,37 +3,27 @@
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support.metadata_service import Metadata, metadata_service
 from support.token_cluster import TokenCluster
 
 from beats_ray.clusters.spot_notice import LOCK_FILE
-from tests.unit.clusters.test_spot_notice import Metadata
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_notice_drains_the_node_of_a_head_with_tokens(tmp_path: Path) -> None:
     cluster = TokenCluster(tmp_path)
-    Metadata.taken = False
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     with (
+        metadata_service() as metadata,
         tempfile.TemporaryDirectory(prefix="br-", dir="/tmp", ignore_cleanup_errors=True) as sockets,
         cluster.running(Path(sockets)),
     ):
         environment = cluster.environment() | {"RAY_ADDRESS": cluster.gcs, "TMPDIR": str(tmp_path)}
-        command = [
-            sys.executable,
-            "-m",
-            "beats_ray.clusters.spot_notice",
-            "aws",
-            f"http://127.0.0.1:{server.server_port}",
-        ]
+        command = [sys.executable, "-m", "beats_ray.clusters.spot_notice", "aws", metadata]
         watcher = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -48,4 +38,3 @@ def test_a_notice_drains_the_node_of_a_head_with_tokens(tmp_path: Path) -> None:
         assert "Ray drains the node" in said
         logs = "".join(path.read_text(errors="replace") for path in cluster.logs.glob("gcs_server*"))
         assert "takes this spot machine" in logs or "DRAIN_NODE_REASON_PREEMPTION" in logs
-    server.shutdown()

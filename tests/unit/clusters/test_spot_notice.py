@@ -1,51 +1,20 @@
 """The notice of a spot machine's end: asked for as each cloud wants it, heard once, passed on to Ray."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.metadata_service import Metadata, metadata_service
 
 from beats_ray.clusters import spot_notice
 
 pytestmark = pytest.mark.unit
 
 
-class Metadata(BaseHTTPRequestHandler):
-    """Both clouds' services: EC2's answers to a session token alone, Google's to its header alone."""
-
-    taken = False
-
-    def do_PUT(self) -> None:
-        self._answer("session" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
-
-    def do_GET(self) -> None:
-        if self.path == "/latest/meta-data/spot/instance-action" and self.headers["X-aws-ec2-metadata-token"]:
-            self._answer('{"action": "terminate"}' if type(self).taken else None)
-        elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
-            self._answer("TRUE" if type(self).taken else "FALSE")
-        else:
-            self._answer(None)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing to the test's output."""
-
-    def _answer(self, text: str | None) -> None:
-        self.send_response(404 if text is None else 200)
-        self.end_headers()
-        self.wfile.write((text or "").encode())
-
-
 @pytest.fixture
 def metadata() -> Iterator[str]:
-    Metadata.taken = False
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with metadata_service() as address:
+        yield address
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
