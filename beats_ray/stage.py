@@ -33,6 +33,11 @@ def is_complete(output: Place) -> bool:
     return bool(read_stage(output).get("status") == "complete")
 
 
+def reopen(output: Place) -> None:
+    """Makes a complete stage one that was interrupted: there is more for it to do."""
+    _write(output, read_stage(output) | {"status": "running"})
+
+
 def run_stage(output: Place, identity: dict[str, Any], work: Callable[[], object]) -> bool:
     """Does `work` unless the folder already holds its result; returns whether it was done now.
 

@@ -72,11 +72,16 @@ def prometheus_name(name: str) -> str:
 def run_name(uri: str) -> str:
     """The label `run` of what writes to this place: `first/iteration-1/pretrain` for s3://b/first/iteration-1/pretrain.
 
-    The trials of a sweep are named below it: `sweep/trials/ID`.
+    The trials of a sweep are named below it: `runs/first/sweep/trials/ID`.
     """
-    return "/".join(uri.rpartition("://")[2].strip("/").split("/")[-RUN_NAME_PARTS:])
+    parts = uri.rpartition("://")[2].strip("/").split("/")
+    last = max((index for index, part in enumerate(parts) if part == "trials"), default=len(parts))
+    return "/".join(parts[max(0, last - RUN_NAME_PARTS) :])
 
 
+RUN_UNDER_WAY = ExportedMetric(
+    "run/under_way", "gauge", ("run",), "1 from when a run on Ray Train asks for its workers until it has ended, then 0"
+)
 RUN_ACTIVE = ExportedMetric("run/active", "gauge", ("run",), "1 while a run trains, 0 once it has ended, well or not")
 DECODED_CLIPS = ExportedMetric("data/decoded_clips", "counter", (), "clips decoded by data tasks, for whatever job")
 DECODED_SECONDS = ExportedMetric("data/decoded_audio_seconds", "counter", (), "seconds of audio in those clips")
@@ -87,6 +92,7 @@ SWEEP_TRIALS = ExportedMetric("sweep/trials", "gauge", ("run", "state"), "trials
 SWEEP_BEST = ExportedMetric("sweep/best", "gauge", ("run", "metric"), "best value of the sweep's metric up to now")
 
 EXPORTED = (
-    RUN_ACTIVE, DECODED_CLIPS, DECODED_SECONDS, SOURCE_FILES, DONE_FILES, QUARANTINED_FILES, SWEEP_TRIALS, SWEEP_BEST,
+    RUN_UNDER_WAY, RUN_ACTIVE, DECODED_CLIPS, DECODED_SECONDS, SOURCE_FILES, DONE_FILES, QUARANTINED_FILES,
+    SWEEP_TRIALS, SWEEP_BEST,
 )  # fmt: skip
 """All of them: `docs/metrics.md` explains each, and the queries in `cluster/grafana` may ask for these."""

@@ -216,11 +216,14 @@ def required_cpus(settings: StreamSettings, num_streams: int = 1) -> float:
     return num_streams * (settings.read_tasks * READ_CPUS + settings.decode_cpus)
 
 
-def share_cpus(streams: Sequence["Dataset"], settings: StreamSettings, taken_elsewhere: float, to_leave: float) -> None:
+def share_cpus(
+    streams: Sequence["Dataset"], settings: StreamSettings, taken_elsewhere: float, to_leave: float, runs: int = 1
+) -> None:
     """Keeps the tasks of each stream from taking all logical CPUs of the nodes that they may run on.
 
     A task whose blocks nobody fetches keeps its CPU, so a stream that waits could starve another one. taken_elsewhere:
-    CPUs of training workers, which do not run on data nodes. to_leave: those that other streams need.
+    CPUs of all training workers, which do not run on data nodes. to_leave: those that other streams of this run need.
+    runs: how many read side by side, each of which does as this one does.
     """
     labels = data_node_labels(settings)
     cpus = sum(
@@ -228,7 +231,7 @@ def share_cpus(streams: Sequence["Dataset"], settings: StreamSettings, taken_els
         for node in ray.nodes()
         if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
     )
-    rest = cpus - to_leave - (0.0 if labels else taken_elsewhere)
+    rest = (cpus - (0.0 if labels else taken_elsewhere)) / runs - to_leave
     for stream in streams:
         options = stream.context.execution_options
         share = max(required_cpus(settings), rest / len(streams))

@@ -26,6 +26,10 @@ class WorkerContext:
     report: Report
     notice: Notice = lambda: False
     """Whether this process or another is about to be taken away; every worker must ask equally often."""
+    gpu_share: float = 1.0
+    """Of its GPU, where others have the rest."""
+    actor: str = ""
+    """Ray's id of this process, where it is a worker of Ray Train."""
 
     def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, in place."""
@@ -44,6 +48,7 @@ class WorkerContext:
 
 def ray_train_context() -> WorkerContext:
     """The context of a Ray Train worker."""
+    import ray
     import ray.train
     import ray.train.torch
 
@@ -54,12 +59,13 @@ def ray_train_context() -> WorkerContext:
         device=ray.train.torch.get_device(),
         report=lambda step, metrics: ray.train.report({"step": step, **metrics}),
         notice=lambda: ray.train.get_preemption_info() is not None,
+        actor=ray.get_runtime_context().get_actor_id() or "",
     )
 
 
-def single_process_context(report: Report, use_gpu: bool = False) -> WorkerContext:
+def single_process_context(report: Report, use_gpu: bool = False, gpu_share: float = 1.0) -> WorkerContext:
     """The context of a run that has this process to itself: a Tune trial, a test."""
     if not dist.is_initialized():  # DeepSpeed asks for a process group, even of one
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return WorkerContext(0, 1, torch.device("cuda" if use_gpu else "cpu"), report)
+    return WorkerContext(0, 1, torch.device("cuda" if use_gpu else "cpu"), report, gpu_share=gpu_share)

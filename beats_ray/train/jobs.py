@@ -27,6 +27,7 @@ from beats_ray.data.storage import Place, StorageError, open_place, with_retries
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.launch import check_fits
 from beats_ray.stage import is_complete, run_stage
+from beats_ray.telemetry import RUN_UNDER_WAY, run_name
 from beats_ray.train.checks import (
     RunConfig,
     find_mistakes,
@@ -45,6 +46,8 @@ RESERVATION_SECONDS = 600
 """How long Ray Train waits for room for a run's workers before it looks at the cluster again."""
 ELASTIC_RESERVATION_SECONDS = 30
 """The same of an elastic run, whose number of workers may be that of nodes that are gone."""
+STARTER_CPUS = 0.01
+"""Of a trial's process that starts its run and waits for it. Ray takes no empty reservation."""
 
 Written = list[tuple[str, str]]
 """What a job wrote: (label, place)."""
@@ -63,6 +66,8 @@ class Run:
     """Settings and keys of the inputs: what the stage's result is that of."""
     cache: Any = None
     """ClipCache with the decoded clips; None where they are streamed."""
+    side_by_side: int = 1
+    """Runs that share the cluster's CPUs at one time: a sweep's trials, all of as many workers."""
 
     @property
     def train(self) -> TrainSettings:
@@ -141,9 +146,15 @@ def fit_with(kind: RunKind, config: RunConfig, worker: Callable[[dict[str, Any]]
     _fit(run, worker=worker)
 
 
-def fit_in_trial(run: Run, callbacks: Sequence[Any]) -> None:
-    """A checked run on Ray Train, inside a trial of Ray Tune, whose `callbacks` hear of its reports."""
-    _fit(run, callbacks)
+def fit_in_trial(run: Run, callbacks: Sequence[Any], meanwhile: Callable[[], None]) -> None:
+    """A checked run on Ray Train, inside a trial of Ray Tune: `callbacks` hear of its reports, in Ray Train's process.
+
+    meanwhile: called again and again in this one until the run has ended; what it raises goes through.
+    """
+    from beats_ray.train.faults import wait_until_gone
+
+    wait_until_gone(run.output)
+    _fit(run, callbacks, meanwhile=meanwhile)
 
 
 def _checked(kind: RunKind, config: RunConfig, keys: Mapping[str, str] | None) -> Run:
@@ -189,7 +200,12 @@ def _written(run: Run) -> Written:
     return [("model", (run.output / "model").uri), ("metrics", (run.output / "metrics.jsonl").uri)]
 
 
-def _fit(run: Run, callbacks: Sequence[Any] = (), worker: Callable[[dict[str, Any]], None] | None = None) -> None:
+def _fit(
+    run: Run,
+    callbacks: Sequence[Any] = (),
+    worker: Callable[[dict[str, Any]], None] | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -208,7 +224,9 @@ def _fit(run: Run, callbacks: Sequence[Any] = (), worker: Callable[[dict[str, An
 
         labels = getattr(run.config, "labels", "")
         parts = run.streamed_parts()
-        streamed = StreamedRun(run.data, run.train, run.manifest, labels, run.output / "checkpoints", parts)
+        streamed = StreamedRun(
+            run.data, run.train, run.manifest, labels, run.output / "checkpoints", parts, run.side_by_side
+        )
         names = [*training_streams(run.data.streams), *(name for name in parts if name != "train")]
         datasets, data_config = {name: lambda: None for name in names}, TrainStream(streamed)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
@@ -236,12 +254,26 @@ def _fit(run: Run, callbacks: Sequence[Any] = (), worker: Callable[[dict[str, An
         ),
     )
     with_retries((run.output / STOP_REQUEST).delete, settings.storage_retry_seconds)
-    with ended_in_its_own_words():
-        _in_thread(trainer.fit, lambda: _checkpoint_before_the_end(run.output))
+    name = run_name(run.output.uri)
+    RUN_UNDER_WAY.set(1, run=name)
+    try:
+        with ended_in_its_own_words():
+            if meanwhile is not None:  # in a trial, which Tune asks for a checkpoint by itself
+                _in_thread(trainer.fit, meanwhile)
+            else:
+                _in_thread(trainer.fit, when_terminated=lambda: _checkpoint_before_the_end(run.output))
+    finally:
+        RUN_UNDER_WAY.set(0, run=name)
 
 
-def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) -> None:
-    """Runs `work` beside the main thread, which waits and can be interrupted; SIGTERM calls `when_terminated` first.
+def _in_thread(
+    work: Callable[[], object],
+    meanwhile: Callable[[], None] = lambda: None,
+    when_terminated: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs `work` beside this thread, which waits and can be interrupted; SIGTERM calls `when_terminated` first.
+
+    meanwhile: called while `work` goes on, and once afterwards.
 
     In the main thread Ray Train takes Ctrl-C over, for good: it ends the process with a status of its own, leaves out
     what the command has to stop, and goes on doing so after the run.
@@ -259,6 +291,7 @@ def _in_thread(work: Callable[[], object], when_terminated: Callable[[], None]) 
     try:
         while thread.is_alive():
             thread.join(0.2)
+            meanwhile()
     except SystemExit:  # what the command line makes of SIGTERM
         when_terminated()
         raise

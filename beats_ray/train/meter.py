@@ -64,7 +64,7 @@ class Meter:
         worker_seconds = self._context.world_size * seconds
         return {
             "cost/cpu_seconds": worker_seconds * self._settings.cpus_per_worker,
-            "cost/gpu_seconds": worker_seconds * self._settings.use_gpu,
+            "cost/gpu_seconds": worker_seconds * self._settings.use_gpu * self._context.gpu_share,
         }
 
     def _device_metrics(self, clips_per_s: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from beats_ray.data.parts import ClipPart
 from beats_ray.data.storage import Place, open_place, with_retries
 from beats_ray.data.stream import build_eval_stream, build_streams, required_cpus, share_cpus, training_streams
 from beats_ray.train.committed import newest_sound_step
+from beats_ray.train.jobs import STARTER_CPUS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class StreamedRun:
     checkpoints: Place
     parts: dict[str, ClipPart]
     """The clips of `train`, which come from `training_streams`, and of `validation` and `test` where there are any."""
+    side_by_side: int = 1
+    """Runs that share the cluster's CPUs at one time."""
 
 
 class TrainStream(ray.train.DataConfig):
@@ -86,7 +89,12 @@ class TrainStream(ray.train.DataConfig):
             part=run.parts["train"],
         )
         has_held_out = len(run.parts) > 1  # their clips are decoded while these streams wait
-        if has_held_out or len(streams) > 1:
-            workers_cpus = dealing.num_workers * run.train.cpus_per_worker
-            share_cpus(streams, run.data, workers_cpus, to_leave=required_cpus(run.data) if has_held_out else 0.0)
+        if has_held_out or len(streams) > 1 or run.side_by_side > 1:
+            share_cpus(
+                streams,
+                run.data,
+                run.side_by_side * (dealing.num_workers * run.train.cpus_per_worker + STARTER_CPUS),
+                to_leave=required_cpus(run.data) if has_held_out else 0.0,
+                runs=run.side_by_side,
+            )
         return streams

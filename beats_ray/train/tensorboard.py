@@ -18,7 +18,8 @@ from beats_ray.data.storage import Place
 class TensorBoardLogger:
     """TensorBoard files, collected in a local folder and uploaded to `place` by `flush`: storage cannot append.
 
-    run_name: the row of the HParams tab. hyperparameters: plain values by dotted name; None leaves that cell empty.
+    run_name: the row of the HParams tab, which has little room: of a trial it shows what stands behind `trials/`.
+    hyperparameters: plain values by dotted name; None leaves that cell empty.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TensorBoardLogger:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         given = {name: value for name, value in hyperparameters.items() if value is not None}
-        self._writer.file_writer.add_summary(hparams_pb(given, trial_id=run_name))
+        self._writer.file_writer.add_summary(hparams_pb(given, trial_id=run_name.rpartition("trials/")[2]))
 
     def _end_session(self) -> None:
         """Only a complete run's: the plugin believes the first end that it reads, and a failed run may go on."""

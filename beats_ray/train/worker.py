@@ -40,7 +40,7 @@ def train(
         )  # fmt: skip
 
 
-def train_trial(run: Run, report: Callable[[int, dict[str, float]], None]) -> None:
+def train_trial(run: Run, report: Callable[[int, dict[str, float]], None], gpu_share: float = 1.0) -> None:
     """A Tune trial's run, alone in its process: `report(step, metrics)` gets every validation."""
 
     def report_validations(step: int, metrics: dict[str, float]) -> None:
@@ -48,7 +48,7 @@ def train_trial(run: Run, report: Callable[[int, dict[str, float]], None]) -> No
             report(step, metrics)
 
     with_retries((run.output / STOP_REQUEST).delete, run.train.storage_retry_seconds)  # of an earlier Ctrl-C
-    train(run, single_process_context(report_validations, run.train.use_gpu))
+    train(run, single_process_context(report_validations, run.train.use_gpu, gpu_share))
 
 
 def _build_loggers(run: Run, resumed_step: int) -> list[Logger]:

@@ -1,7 +1,8 @@
 """What a sweep may take: minutes and money, over all its starts.
 
-Time runs while the command does; money while trials hold their CPUs and GPUs. When one is used up, Tune stops every
-trial; those that ran to their ends are what the best is chosen from.
+Time runs while the command does; money while trials hold their CPUs and GPUs. When one is used up, the trials that
+run make a checkpoint and end; those that ran to their ends before are what the best is chosen from. With a larger
+budget the same sweep goes on, as after any interruption.
 """
 
 import time
@@ -22,8 +23,15 @@ GPU_PEAK_FLOPS = 2.5e15
 """More than a GPU computes in dense bf16 (B200)."""
 
 
+class BudgetUsedUp(Exception):
+    """Ends a sweep in mid-run. Tune keeps the trials as it last saved them, under way."""
+
+
 class Budget(Stopper):
-    """Tune's stopper of a sweep; what it has taken is in `budget.json`, from where another start goes on counting."""
+    """Counts as Tune's stopper, which it stops nobody as.
+
+    What the sweep has taken is in `budget.json`, from where another start goes on counting.
+    """
 
     def __init__(self, sweep: SweepSettings, needs: TrialNeeds, output: Place) -> None:
         self._sweep = sweep
@@ -49,7 +57,7 @@ class Budget(Stopper):
             self.write()
 
     def stop_all(self) -> bool:
-        return self.used_up is not None
+        return False
 
     @property
     def seconds(self) -> float:

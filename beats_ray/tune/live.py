@@ -11,10 +11,16 @@ from beats_ray.config import SweepConfig
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.reporting.reading import json_lines
-from beats_ray.tune.budget import Budget
+from beats_ray.stage import is_complete
+from beats_ray.train.committed import sound_steps
+from beats_ray.train.faults import STOP_REQUEST
+from beats_ray.tune.budget import Budget, BudgetUsedUp
 from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
+from beats_ray.tune.trial import run_place
 
 ENDED = ("TERMINATED", "ERROR")
+CHECKPOINT_SECONDS = 20.0
+"""How long a sweep that ends before its trials do waits for their checkpoints."""
 WRITE_SECONDS = 10.0
 """Between two boards: each is a file on storage, written while trials wait for an answer."""
 
@@ -39,6 +45,9 @@ class LiveBoard(Callback):
         self._trials = trials  # an interruption may come before the first report
         if self._ended is None:
             self._ended = {trial.trial_id for trial in trials if trial.status in ENDED}
+        if self._budget.used_up is not None:
+            self.checkpoint_running()
+            raise BudgetUsedUp(self._budget.used_up)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         del iteration, trials
@@ -92,14 +101,28 @@ class LiveBoard(Callback):
         self._written = time.monotonic()
         return board
 
-    @property
-    def running(self) -> list[str]:
-        """Ids of the trials that run now."""
-        return [trial.trial_id for trial in self._trials if trial.status == "RUNNING"]
+    def checkpoint_running(self) -> None:
+        """Asks the trials that run for a checkpoint, and waits for it a while."""
+        config = self._config
+        running = [
+            run_place(config, trial.trial_id, repeat)
+            for trial in self._trials
+            if trial.status == "RUNNING"
+            for repeat in range(config.sweep.repeats)
+        ]
+        with suppress(StorageError):  # they lose what they did since their last one
+            running = [place for place in running if place.exists() and not is_complete(place)]
+            before = {place: sound_steps(place / "checkpoints") for place in running}
+            for place in running:
+                (place / STOP_REQUEST).write_json({})
+            deadline = time.monotonic() + CHECKPOINT_SECONDS
+            while running and time.monotonic() < deadline:
+                running = [place for place in running if sound_steps(place / "checkpoints") == before[place]]
+                time.sleep(0.2)
 
     def _outcome(self, trial: Any, status: str) -> Outcome:
         has_ended = trial.status in ENDED
-        stopped_by = "scheduler" if trial.trial_id in (self._ended or ()) else "budget"
+        unfinished = "budget" if has_ended or self._budget.used_up else "interruption"
         return Outcome(
             trial_id=trial.trial_id,
             parameters=dict(trial.config),
@@ -107,7 +130,7 @@ class LiveBoard(Callback):
             history=self._history_of(trial.trial_id),
             error=_error_of(trial) if trial.status == "ERROR" else None,
             is_running=not has_ended and status == "running",
-            stopped_by=stopped_by if has_ended else "interruption",
+            stopped_by="scheduler" if has_ended and trial.trial_id in (self._ended or ()) else unfinished,
             seconds=self._budget.seconds_of(trial.trial_id),
         )
 

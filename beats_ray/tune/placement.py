@@ -17,9 +17,7 @@ from typing import Any
 
 from beats_ray.config import ConfigError, StreamSettings, SweepSettings, TrainSettings
 from beats_ray.launch import has_silent_autoscaler
-
-HOLD_CPUS = 0.01
-"""Of Tune's actor where Ray Train has the workers: it waits for them. Ray takes no empty reservation."""
+from beats_ray.train.jobs import STARTER_CPUS
 
 Resources = Mapping[str, float]
 UNBOUNDED_NODES = 1000
@@ -41,7 +39,7 @@ class TrialNeeds:
     @property
     def of_tune(self) -> dict[str, float]:
         """What Tune reserves for the trial's actor."""
-        return {"CPU": HOLD_CPUS} if self.uses_ray_train else self.worker
+        return {"CPU": STARTER_CPUS} if self.uses_ray_train else self.worker
 
     @property
     def gpus(self) -> float:
@@ -121,7 +119,7 @@ def _pack(needs: TrialNeeds, nodes: Sequence[Resources], most: int) -> int:
                 return count
             for name, amount in needs.worker.items():
                 node[name] -= amount
-        left = needs.reading_cpus + (HOLD_CPUS if needs.uses_ray_train else 0.0)
+        left = needs.reading_cpus + (STARTER_CPUS if needs.uses_ray_train else 0.0)
         for node in free:
             taken = min(left, max(0.0, node.get("CPU", 0.0)))
             node["CPU"] = node.get("CPU", 0.0) - taken

@@ -5,10 +5,12 @@ of its settings is stopped for being behind another encoder's, and pairs of fini
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -19,7 +21,7 @@ from ray.tune.schedulers import (
 
 from beats_ray.config import SweepSettings
 from beats_ray.tune.space import clip_to_space, tune_domains
-from beats_ray.tune.trial import ENCODER
+from beats_ray.tune.trial import ENCODER, SETTING
 
 TIME = "validations"
 
@@ -36,13 +38,33 @@ def build_scheduler(sweep: SweepSettings, total_validations: int, encoders: tupl
 
 
 def _asha(sweep: SweepSettings, total: int, brackets: int = 1) -> TrialScheduler:
-    return AsyncHyperBandScheduler(
+    return _RepeatedBrackets(
+        sweep.seed,
         time_attr=TIME,
         max_t=total,
         grace_period=min(sweep.grace_validations, total),
         reduction_factor=sweep.reduction_factor,
         brackets=brackets,
     )
+
+
+class _RepeatedBrackets(AsyncHyperBandScheduler):
+    """Ray's draws a trial's bracket from numpy's global generator; here each setting has its own.
+
+    So a sweep that goes on finds trials in the brackets where they were, and encoders compete on equal terms.
+    """
+
+    def __init__(self, seed: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._seed = seed
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        before = np.random.get_state()
+        np.random.seed(zlib.crc32(f"{self._seed}/{trial.config[SETTING]}".encode()))
+        try:
+            super().on_trial_add(tune_controller, trial)
+        finally:
+            np.random.set_state(before)
 
 
 def _hyperband(sweep: SweepSettings, total: int) -> TrialScheduler:

@@ -16,30 +16,27 @@ chooses nothing.
 
 import logging
 import os
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from beats_ray.config import ConfigError, FinetuneSettings, SweepConfig, SweepSettings
+from beats_ray.config import ConfigError, FinetuneSettings, SweepConfig, SweepSettings, UserError
 from beats_ray.console import Console
 from beats_ray.data.manifest import DatasetManifest, read_manifest
 from beats_ray.data.storage import Place, StorageError, open_place
 from beats_ray.identity import content_keys, stage_identity
 from beats_ray.inference import check_published
-from beats_ray.stage import is_complete, run_stage
+from beats_ray.stage import check_output, is_complete, reopen, run_stage
 from beats_ray.telemetry import run_name
 from beats_ray.train.jobs import Written, load_cache
-from beats_ray.tune.leaderboard import objectives_of
+from beats_ray.tune.leaderboard import LEADERBOARD_FILE, objectives_of
 from beats_ray.tune.placement import TrialNeeds, cluster_trials, trial_needs
 from beats_ray.tune.space import check_space
 from beats_ray.tune.trial import Trials, check_trials, run_place, run_trial, trial_config, validations_of
 from beats_ray.tune.warm_start import read_known
 
 NAME = "trials"
-STOP_SECONDS = 20.0
-"""How long an interrupted sweep waits for the checkpoints of the trials that run."""
 STATE_SECONDS, REMOTE_STATE_SECONDS = "2", "10"
 """Between two saves of Tune's state: trials begun since then would be forgotten with a driver that is killed."""
 METRICS = ("validation/loss", "validation/accuracy")
@@ -58,9 +55,12 @@ def run_sweep(config: SweepConfig, console: Console, keys: Mapping[str, str] | N
         check_search(config.finetune, config.sweep)
         _count_trials(config, _needs(config, manifest))
     identity = stage_identity(config, content_keys(config) if keys is None else keys)
+    if _has_more_budget(config, manifest, output):
+        check_output(output, identity)
+        reopen(output)
     run_stage(output, identity, lambda: _sweep(config, manifest, output, console))
-    show_best((output / "leaderboard.json").read_json(), console)
-    return [("best model", (output / "model").uri), ("leaderboard", (output / "leaderboard.json").uri)]
+    show_best((output / LEADERBOARD_FILE).read_json(), console)
+    return [("best model", (output / "model").uri), ("leaderboard", (output / LEADERBOARD_FILE).uri)]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -84,11 +84,6 @@ def check_search(finetune: FinetuneSettings, sweep: SweepSettings) -> None:
     if sweep.scheduler != "pbt":
         return
     validations = -(-finetune.train.steps // finetune.validate_every_steps)
-    if finetune.train.max_workers > 1:
-        raise ConfigError(
-            f"finetune.train.num_workers={finetune.train.max_workers}: members of sweep.scheduler=pbt exchange their "
-            "weights at validations, which needs one worker; use 1"
-        )
     if validations <= sweep.grace_validations:
         raise ConfigError(
             f"sweep.grace_validations={sweep.grace_validations}: members would never exchange weights in their "
@@ -142,11 +137,6 @@ def _needs(config: SweepConfig, manifest: DatasetManifest) -> TrialNeeds:
     from beats_ray.data.cache import is_cached
 
     is_streamed = not is_cached(manifest, config.data)
-    if is_streamed and config.sweep.scheduler == "pbt":
-        raise ConfigError(
-            f"data.cache={config.data.cache}: members of sweep.scheduler=pbt need their clips in the object store; use "
-            "data.cache=always with a larger ray.object_store_mib, or another scheduler"
-        )
     return trial_needs(config.sweep, config.finetune.train, config.data, is_streamed)
 
 
@@ -162,23 +152,35 @@ def _cached_needs(finetune: FinetuneSettings, sweep: SweepSettings) -> TrialNeed
 
 
 def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, console: Console) -> None:
-    from beats_ray.tune.budget import Budget
+    from beats_ray.tune.budget import Budget, BudgetUsedUp
     from beats_ray.tune.live import LiveBoard
 
     needs = _needs(config, manifest)
     most = _count_trials(config, needs)
     cache = load_cache(config.data, manifest) if needs.reading_cpus == 0 else None
-    trials = Trials(config, manifest, cache, needs, attempt=uuid.uuid4().hex)
+    trials = Trials(config, manifest, cache, needs, attempt=uuid.uuid4().hex, side_by_side=most)
     budget = Budget(config.sweep, needs, output)
     board = LiveBoard(config, manifest, budget)
+    found = None
     try:
-        analysis = _tune(trials, output, budget, board, most)
+        found = _tune(trials, output, budget, board, most).trials
+    except BudgetUsedUp:
+        pass  # the board says of which trials
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or what the command line makes of SIGTERM
-        _end_well(config, board, console)
+        _end_well(board, console)
         raise
     finally:
         budget.write()
-    _publish(config, output, board.write("complete", analysis.trials))
+    _publish(config, output, board.write("complete", found))
+
+
+def _has_more_budget(config: SweepConfig, manifest: DatasetManifest, output: Place) -> bool:
+    """Whether the sweep ended with its budget, and may take more now."""
+    from beats_ray.tune.budget import Budget
+
+    if not is_complete(output) or (output / LEADERBOARD_FILE).read_json()["budget"]["used_up"] is None:
+        return False
+    return Budget(config.sweep, _needs(config, manifest), output).used_up is None
 
 
 def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> Any:
@@ -248,40 +250,34 @@ def _resume_config(folder: Place) -> Any:
 
 
 def _publish(config: SweepConfig, output: Place, board: Mapping[str, Any]) -> None:
-    """Copies the best model, and drops the checkpoints that nothing will go on from. RuntimeError where none is."""
-    best = board["best"]
+    """Copies the best model, and drops the checkpoints that nothing will go on from.
+
+    UserError where the budget was used up before any trial ran to its end, RuntimeError where all failed.
+    """
+    best, used_up = board["best"], board["budget"]["used_up"]
+    if best is None and used_up is not None:
+        raise UserError(
+            f"{used_up}={getattr(config.sweep, used_up.removeprefix('sweep.')):g}: used up before any trial of "
+            f"{output.uri} ran to its end; raise it, and the same command goes on"
+        )
     if best is None:
         failures = [
             f"{row['failure']['kind']}: {row['failure']['reason']}" for row in board["trials"] if row["failure"]
         ]
-        used_up = board["budget"]["used_up"]
-        why = sorted(set(failures)) or [f"{used_up} was used up before" if used_up else "all were stopped"]
+        why = sorted(set(failures)) or ["all were stopped"]
         raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(why)}")
     (run_place(config, best["trial_id"]) / "model").copy_to(output / "model")
     for row in board["trials"]:
-        if row["trial_id"] != best["trial_id"]:
+        if row["trial_id"] != best["trial_id"] and row["stopped_by"] != "budget":
             for repeat in range(config.sweep.repeats):
                 (run_place(config, row["trial_id"], repeat) / "checkpoints").delete()
 
 
-def _end_well(config: SweepConfig, board: Any, console: Console) -> None:
-    """Asks the trials that run for a checkpoint, waits for it a while, and says what was best so far."""
-    from beats_ray.train.committed import sound_steps
-    from beats_ray.train.faults import STOP_REQUEST
-
-    running = [
-        run_place(config, trial_id, repeat) for trial_id in board.running for repeat in range(config.sweep.repeats)
-    ]
+def _end_well(board: Any, console: Console) -> None:
+    """Has the trials that run make a checkpoint, and says what was best so far."""
+    board.checkpoint_running()
+    console.note("interrupted; the same command goes on")
     with suppress(StorageError):
-        running = [place for place in running if place.exists()]
-        before = {place: sound_steps(place / "checkpoints") for place in running}
-        for place in running:
-            (place / STOP_REQUEST).write_json({})
-        deadline = time.monotonic() + STOP_SECONDS
-        while running and time.monotonic() < deadline:
-            running = [place for place in running if sound_steps(place / "checkpoints") == before[place]]
-            time.sleep(0.2)
-        console.note("interrupted; the same command goes on")
         show_best(board.write("interrupted"), console)
 
 

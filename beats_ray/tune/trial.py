@@ -12,7 +12,7 @@ on continues from its last checkpoint.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from beats_ray.train.checks import check_folds
 from beats_ray.train.held_out import find_parts
 from beats_ray.train.jobs import Run, fit_in_trial
 from beats_ray.tune.placement import TrialNeeds
-from beats_ray.tune.population import KEPT_CHECKPOINTS
+from beats_ray.tune.population import KEPT_CHECKPOINTS, follow, pointer, read_pointer
 
 ENCODER, SETTING = "encoder", "setting"
 """Keys of a trial's config beside the drawn settings: which encoder it starts from, and the number of the setting."""
@@ -44,6 +44,8 @@ class Trials:
     needs: TrialNeeds
     attempt: str = ""
     """Name of this attempt at the sweep: each start of the command is one."""
+    side_by_side: int = 1
+    """How many run at one time at most."""
 
     @property
     def compares(self) -> bool:
@@ -179,17 +181,19 @@ def run_trial(parameters: dict[str, Any], trials: Trials) -> None:
 def _run_repeats(parameters: dict[str, Any], trials: Trials, trial_id: str) -> None:
     from ray import tune
 
+    from beats_ray.train.faults import wait_until_gone
     from beats_ray.train.metrics import read_metrics
-    from beats_ray.tune.population import follow, read_pointer
 
     config, done = trials.config, list[dict[str, float]]()
     for repeat in range(config.sweep.repeats):
         settings = trial_config(config, trial_id, parameters, trials.manifest, repeat)
         identity = stage_identity(settings, {})  # the sweep's own has the keys
-        run = Run("finetune", settings, trials.manifest, open_place(settings.output), identity, trials.cache)
+        place = open_place(settings.output)
+        run = Run("finetune", settings, trials.manifest, place, identity, trials.cache, trials.side_by_side)
         reports = Reports(settings, run.choose_by, config.sweep.repeats, repeat, tuple(done))
         if config.sweep.scheduler == "pbt":  # whose settings change in mid-run, as those of a stage must not
             if (checkpoint := tune.get_checkpoint()) is not None:
+                wait_until_gone(run.output)
                 follow(read_pointer(checkpoint), run.output)
             _train(run, trials, reports)
         else:
@@ -204,14 +208,6 @@ def _train(run: Run, trials: Trials, reports: Reports) -> None:
     """The run, in this process or on Ray Train; each validation but the last is reported."""
     from ray import tune
 
-    if trials.needs.uses_ray_train:
-        from beats_ray.tune.train_report import ReportToTune
-
-        fit_in_trial(run, [ReportToTune(reports)])
-        return
-    from beats_ray.train.worker import train_trial
-    from beats_ray.tune.population import pointer
-
     def report(step: int, metrics: dict[str, float]) -> None:
         if step == run.train.steps:
             return
@@ -219,7 +215,22 @@ def _train(run: Run, trials: Trials, reports: Reports) -> None:
         with pointer(run.output, step) if is_exchanged else nullcontext() as checkpoint:
             tune.report(reports.of(step, metrics), checkpoint=checkpoint)
 
-    train_trial(run, report)
+    if not trials.needs.uses_ray_train:
+        from beats_ray.train.worker import train_trial
+
+        train_trial(run, report, gpu_share=trials.needs.worker.get("GPU", 1.0))
+        return
+    from ray.util.queue import Empty, Queue
+
+    from beats_ray.tune.train_report import ReportToTrial
+
+    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})
+
+    def pass_on() -> None:
+        with suppress(Empty):
+            report(*queue.get_nowait())
+
+    fit_in_trial(run, [ReportToTrial(queue, reports)], pass_on)
 
 
 def _judge(run: Run, trials: Trials) -> None:

@@ -616,10 +616,12 @@ def test_a_stream_that_may_have_to_wait_leaves_cpus_to_another(cluster: Embedded
     before = stream.context.execution_options.resource_limits
     other = build_eval_stream(dataset, read_manifest(dataset), SETTINGS, 4)
     rest = ray.cluster_resources()["CPU"] - 1.75
-    for streams, taken, left, expected in (
-        ([stream], 0.5, 1.25, rest), ([stream, other], 0.5, 1.25, max(1.5, rest / 2)), ([stream, other], 90.0, 1.0, 1.5)
+    half = (ray.cluster_resources()["CPU"] - 0.5) / 2 - 0.25
+    for streams, taken, left, runs, expected in (
+        ([stream], 0.5, 1.25, 1, rest), ([stream, other], 0.5, 1.25, 1, max(1.5, rest / 2)),
+        ([stream, other], 90.0, 1.0, 1, 1.5), ([stream], 0.5, 0.25, 2, max(1.5, half)),
     ):  # fmt: skip
-        share_cpus(streams, SETTINGS, taken, to_leave=left)
+        share_cpus(streams, SETTINGS, taken, to_leave=left, runs=runs)
         for one in streams:
             limits = one.context.execution_options.resource_limits
             assert limits.cpu == pytest.approx(expected)  # never less than a stream needs

@@ -51,6 +51,14 @@ MEASURE = """(async () => {
 })()"""
 
 
+SHOWN_TEXT = """(function texts(node) {
+  return [...node.childNodes].map(one => (one.shadowRoot ? texts(one.shadowRoot) : '')
+      + (one.nodeType === 3 ? one.textContent : ['STYLE', 'SCRIPT'].includes(one.tagName) ? '' : texts(one))).join(' ');
+})(document.body)"""
+"""A page's text, that of its web components included."""
+RATES = {"aa11": 0.0003, "bb22": 0.001, "cc33": 0.01}
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with Browser.start(tmp_path_factory.mktemp("browser")) as started:
@@ -111,11 +119,15 @@ def test_a_page_with_a_mistake_is_found_out(browser: Browser, tmp_path: Path) ->
 
 @pytest.fixture
 def tensorboard(tmp_path: Path) -> Iterator[str]:
-    """The address of a TensorBoard that shows one run of ours."""
-    logger = TensorBoardLogger(open_place(str(tmp_path / "logs" / "pretrain" / "tensorboard")), 0)
-    for record in training_metrics(20, 6.9, 2.6):
-        logger.write(record)
-    logger.close(complete=True)
+    """The address of a TensorBoard that shows one run of ours, and a sweep's three trials."""
+    settings = {"pretrain": None} | {
+        f"sweep/trials/{name}": {"train.learning_rate": rate, "augment.mixup": 0.4} for name, rate in RATES.items()
+    }
+    for run, drawn in settings.items():
+        logger = TensorBoardLogger(open_place(str(tmp_path / "logs" / run / "tensorboard")), 0, run, drawn)
+        for record in training_metrics(20, 6.9, 2.6):
+            logger.write(record)
+        logger.close(complete=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,6 +152,21 @@ def test_tensorboard_shows_a_run_without_an_error(tensorboard: str, browser: Bro
     )
     visit = browser.visit(f"{tensorboard}/#timeseries", width=width, dark=dark, ready=cards)
     assert visit.errors == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_tensorboard_s_hparams_tab_has_a_row_for_each_trial(
+    tensorboard: str, browser: Browser, width: int, dark: bool, tmp_path: Path
+) -> None:
+    wanted = [*RATES, "train.learning_rate", "train/loss"]
+    ready = f"{wanted}.every(one => ({SHOWN_TEXT}).includes(one))"
+    picture = tmp_path / "hparams.png"
+    visit = browser.visit(f"{tensorboard}/#hparams", width=width, dark=dark, ready=ready, script=SHOWN_TEXT,
+                          screenshot=picture)  # fmt: skip
+    assert visit.errors == []
+    print(picture)
+    assert all(f"{rate:g}" in visit.value for rate in RATES.values())
 
 
 def _wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:

@@ -5,16 +5,19 @@ one, and what is slow is the start of processes.
 """
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.tones import write_tones
 
-from beats_ray.config import FinetuneConfig, RaySettings, SweepConfig, load_config
+from beats_ray.config import FinetuneConfig, RaySettings, SweepConfig, UserError, load_config
 from beats_ray.console import Console
 from beats_ray.launch import ray_cluster
 from beats_ray.models import BeatsEncoder, encoder_config, save_model
@@ -39,6 +42,17 @@ OVERRIDES = [
 ]
 GOOD, USELESS = 3e-3, 1e-7
 CHANCE = 1 / 3
+
+
+LONGER = [
+    "finetune.train.steps=400", "finetune.validate_every_steps=100", "finetune.train.checkpoint_every_steps=10",
+]  # fmt: skip
+
+
+STREAMED = [
+    "data.cache=never", "data.read_tasks=1", "data.decode_cpus=0.4", "finetune.train.cpus_per_worker=0.5",
+]  # fmt: skip
+"""Two trials fit on four CPUs, each with a stream to train on and one to validate on."""
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +80,21 @@ def grid(*values: Any, **when: Any) -> dict[str, Any]:
     return {"distribution": "grid", "values": list(values), **when}
 
 
+SPACE = {"train.learning_rate": grid(GOOD, USELESS)}
+
+
 def test_a_bad_trial_is_stopped_a_crash_ends_nothing_and_the_best_can_be_had_again(work: Path) -> None:
     space = {
-        "train.learning_rate": grid(GOOD, 10.0),
+        "train.learning_rate": grid(GOOD, 10.0, 1e30),
         "freeze_encoder_steps": grid(0, 1, when={"train.learning_rate": [GOOD]}),
         "freeze_encoder": grid(False, True, when={"freeze_encoder_steps": [1]}),  # for good too: refused beside it
     }
     settings = {"search": "grid", "max_concurrent_trials": 1, "space": space}
     board = sweep(work, "planted", sweep=settings)
     rows = {tuple(row["config"].values()): row for row in board["trials"]}
-    assert len(rows) == 4
-    crash, bad = rows[GOOD, 1, True], rows[(10.0,)]
+    assert len(rows) == 5
+    crash, bad, no_number = rows[GOOD, 1, True], rows[(10.0,)], rows[(1e30,)]
+    assert (no_number["status"], no_number["failure"]["kind"]) == ("failed", "diverged")
     assert crash["status"] == "failed"
     assert crash["failure"]["kind"] == "settings"
     assert "freeze_encoder=true freezes it for good, freeze_encoder_steps=1" in crash["failure"]["reason"]
@@ -94,13 +112,21 @@ def test_a_bad_trial_is_stopped_a_crash_ends_nothing_and_the_best_can_be_had_aga
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Path) -> None:
+@pytest.mark.parametrize("kind", ["cached", "workers", "streamed"])
+def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Path, kind: str) -> None:
+    overrides = {
+        "cached": [],
+        "workers": ["finetune.train.num_workers=2", "finetune.train.micro_batch_size=2",
+                    "finetune.train.cpus_per_worker=0.5"],
+        "streamed": STREAMED,
+    }[kind]  # fmt: skip
+    name = f"population-{kind}"
     space = {"train.learning_rate": {"distribution": "loguniform", "low": USELESS, "high": GOOD}}
     settings = {
         "search": "random", "scheduler": "pbt", "num_trials": 2, "grace_validations": 2, "space": space,
         "start": [{"train.learning_rate": GOOD}, {"train.learning_rate": USELESS}],
     }  # fmt: skip
-    board = sweep(work, "population", "finetune.train.steps=64", sweep=settings)
+    board = sweep(work, name, "finetune.train.steps=64", *overrides, sweep=settings)
     histories = [
         [(record["step"], record["validation/accuracy"]) for record in row["history"]] for row in board["trials"]
     ]
@@ -112,7 +138,7 @@ def test_a_bad_member_copies_a_good_one_s_weights_and_is_better_at_once(work: Pa
     assert accuracy > start
     assert accuracy >= known[step - 8] - 1 / 9  # within a clip of what the copied weights had, one validation later
     assert all(row["steps"] == 64 for row in board["trials"])
-    assert list((work / "population").glob("trials/*/followed.json"))
+    assert list((work / name).glob("trials/*/followed.json"))
 
 
 def test_encoders_are_compared_on_the_same_settings_clip_by_clip(work: Path) -> None:
@@ -142,11 +168,102 @@ def test_encoders_are_compared_on_the_same_settings_clip_by_clip(work: Path) -> 
 
 def test_trials_of_two_workers_are_ray_train_runs_side_by_side(work: Path) -> None:
     overrides = ["finetune.train.num_workers=2", "finetune.train.micro_batch_size=2", "finetune.train.steps=16"]
-    space = {"train.learning_rate": grid(GOOD, USELESS)}
-    settings = {"search": "grid", "scheduler": "none", "space": space, "max_concurrent_trials": None}
+    settings = {"search": "grid", "scheduler": "none", "space": SPACE, "max_concurrent_trials": None}
     board = sweep(work, "workers", *overrides, sweep=settings)
     assert [row["status"] for row in board["trials"]] == ["complete"] * 2
     for row in board["trials"]:
         assert [record["step"] for record in row["history"]] == [8, 16]
         assert len(list((work / "workers" / "trials" / row["trial_id"]).glob("ray-train"))) == 1
     assert (work / "workers" / "model" / "model.safetensors").exists()
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(work: Path) -> None:
+    settings = {"search": "grid", "scheduler": "none", "max_concurrent_trials": 1, "space": SPACE}
+    with killed_in_mid_trial(work / "killed") as killed:
+        board = sweep(work, "killed", *LONGER, sweep=settings)
+    assert len(killed) == 1
+    assert [(row["status"], row["steps"]) for row in board["trials"]] == [("complete", 400)] * 2
+    assert sorted(recoveries(work / "killed", row["trial_id"]) for row in board["trials"]) == [0, 1]
+
+
+def test_a_trial_whose_process_is_killed_too_often_fails_and_the_others_go_on(work: Path) -> None:
+    settings = {"search": "grid", "scheduler": "none", "max_concurrent_trials": 1, "space": SPACE}
+    with killed_in_mid_trial(work / "lost") as killed:
+        board = sweep(work, "lost", *LONGER, "finetune.train.max_failures=0", sweep=settings)
+    assert len(killed) == 1
+    assert sorted((row["status"], (row["failure"] or {}).get("kind")) for row in board["trials"]) == [
+        ("complete", None), ("failed", "process lost"),
+    ]  # fmt: skip
+
+
+def test_a_clip_that_cannot_be_decoded_is_left_out_of_every_trial(work: Path) -> None:
+    write_tones(work / "bad", clips=30, bad=("3-4",))
+    settings = {"search": "grid", "scheduler": "none", "space": SPACE}
+    board = sweep(work, "left-out", f"data.path={work / 'bad'}", "data.max_bad_clip_fraction=0.05", sweep=settings)
+    assert [(row["status"], row["steps"]) for row in board["trials"]] == [("complete", 32)] * 2
+
+
+def test_a_sweep_whose_budget_is_used_up_goes_on_with_a_larger_one(work: Path) -> None:
+    settings = {"search": "grid", "scheduler": "none", "max_concurrent_trials": 1, "space": SPACE}
+    ended_by_budget, too_early, written, board = 0, list[str](), dict[Path, int](), dict[str, Any]()
+    for minutes in (0.1 * number for number in range(1, 60)):
+        try:
+            board = sweep(work, "budget", *LONGER, sweep={**settings, "max_minutes": minutes})
+        except UserError as error:
+            too_early.append(str(error))
+            continue
+        models = {path: path.stat().st_mtime_ns for path in (work / "budget").glob("trials/*/model/model.safetensors")}
+        assert written.items() <= models.items()  # nothing that is done is done again
+        written = models
+        if not any(row["stopped_early"] for row in board["trials"]) and len(board["trials"]) == 2:
+            break
+        ended_by_budget += 1
+        assert {row["stopped_by"] for row in board["trials"]} <= {None, "budget"}
+    assert too_early or ended_by_budget
+    assert all("used up before any trial of" in error for error in too_early)
+    assert [(row["status"], row["steps"]) for row in board["trials"]] == [("complete", 400)] * 2
+    assert sum(recoveries(work / "budget", row["trial_id"]) for row in board["trials"]) >= 1
+    assert (work / "budget" / "model" / "model.safetensors").exists()
+
+
+def test_trials_that_stream_their_clips_side_by_side_leave_cpus_to_each_other(work: Path) -> None:
+    write_tones(work / "longer", clips=30)
+    overrides = [*STREAMED, f"data.path={work / 'longer'}", "data.buffer_mib=1", "data.shuffle_window_clips=8"]
+    settings = {"search": "grid", "scheduler": "none", "max_concurrent_trials": 2, "space": SPACE}
+    board = sweep(work, "streams", *overrides, sweep=settings)
+    assert [(row["status"], row["steps"]) for row in board["trials"]] == [("complete", 32)] * 2
+
+
+@contextmanager
+def killed_in_mid_trial(output: Path) -> Iterator[list[int]]:
+    """Kills the process of the first trial that has a checkpoint, as a machine without memory would; its pid."""
+    killed: list[int] = []
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not is_over.wait(0.02):
+            if next(output.glob("trials/*/checkpoints/*/commit.json"), None) is not None:
+                (process,) = [one for one in psutil.Process().children(recursive=True) if is_trial(one)]
+                process.kill()
+                killed.append(process.pid)
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def is_trial(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return "ImplicitFunc" in " ".join(process.cmdline())
+    return False
+
+
+def recoveries(output: Path, trial_id: str) -> int:
+    """How often a trial that went on from a checkpoint of its own had to."""
+    last = json.loads((output / "trials" / trial_id / "metrics.jsonl").read_text().splitlines()[-1])
+    return int(last["train/recoveries"])

@@ -67,6 +67,7 @@ def test_runs_of_different_iterations_and_places_have_different_names() -> None:
     assert run_name("s3://bucket/runs/first/iteration-1/pretrain") == "first/iteration-1/pretrain"
     assert run_name("/data/runs/second/iteration-1/pretrain/") == "second/iteration-1/pretrain"
     assert run_name("s3://bucket/run") == "bucket/run"
+    assert run_name("s3://bucket/trials/first/sweep/trials/ab12/repeat-1") == "trials/first/sweep/trials/ab12/repeat-1"
 
 
 def test_outside_a_cluster_nothing_happens_and_ray_is_not_imported() -> None:

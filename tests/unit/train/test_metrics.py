@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 
+from beats_ray.config import FinetuneConfig, load_config
 from beats_ray.data.storage import open_place
+from beats_ray.train.context import WorkerContext
+from beats_ray.train.meter import Meter
 from beats_ray.train.metrics import read_metrics
 
 pytestmark = pytest.mark.unit
@@ -103,3 +107,9 @@ def test_a_run_costs_what_its_workers_reserve_while_they_train(tmp_path: Path, p
     (reported,) = read_metrics(open_place(str(tmp_path)))
     assert reported["cost/cpu_seconds"] == pytest.approx(3 * reported["seconds"])
     assert reported["cost/gpu_seconds"] == 0
+
+
+def test_of_a_gpu_that_is_shared_a_run_costs_its_share() -> None:
+    settings = load_config(FinetuneConfig, None, ["train.use_gpu=true"], output="o").train
+    context = WorkerContext(0, 1, torch.device("cpu"), lambda _step, _metrics: None, gpu_share=0.5)
+    assert Meter(settings, context, 0)._cost(8.0)["cost/gpu_seconds"] == 4.0

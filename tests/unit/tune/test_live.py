@@ -1,6 +1,9 @@
 """The leaderboard while a sweep runs, when its budget ends it, and when it is interrupted."""
 
 import json
+import re
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ from support.prepared import write_dataset
 
 from beats_ray.config import SweepConfig, load_config
 from beats_ray.data.storage import open_place
-from beats_ray.tune.budget import Budget
-from beats_ray.tune.live import LiveBoard, read_histories
+from beats_ray.train.faults import STOP_REQUEST
+from beats_ray.tune.budget import Budget, BudgetUsedUp
+from beats_ray.tune.live import CHECKPOINT_SECONDS, LiveBoard, read_histories
 from beats_ray.tune.placement import TrialNeeds
 
 pytestmark = pytest.mark.unit
@@ -53,7 +57,6 @@ def test_it_says_who_ended_each_trial(board: LiveBoard, tmp_path: Path) -> None:
     board.on_trial_complete(1, trials, stopped)
     late.status = "TERMINATED"  # which is all that Tune does when a stopper ends the sweep
     board.on_step_begin(2, trials)
-    assert board.running == ["running"]
     board.write("running")
     written = json.loads((tmp_path / "sweep" / "leaderboard.json").read_text())
     assert written["status"] == "running"
@@ -88,8 +91,35 @@ def test_an_interruption_before_the_first_report_finds_the_trials_and_keeps_thei
     ended = Trial("ended", "TERMINATED", last_result={"step": 100, "validation/accuracy": 0.1})
     trials = [ended, Trial("running")]
     board.on_step_begin(1, trials)
-    assert board.running == ["running"]  # which are asked for a checkpoint
     assert {row["trial_id"] for row in board.write("interrupted")["trials"]} == {"ended", "running"}
+
+
+def test_a_budget_that_is_used_up_ends_the_sweep_once_the_trials_that_run_have_made_a_checkpoint(
+    board: LiveBoard, tmp_path: Path
+) -> None:
+    trials = [Trial("ended", "TERMINATED"), Trial("running"), Trial("done"), Trial("waits", "PENDING")]
+    runs = {trial.trial_id: open_place(str(tmp_path / "sweep" / "trials" / trial.trial_id)) for trial in trials}
+    for name, run in runs.items():
+        (run / "stage.json").write_json({"status": "complete" if name == "done" else "running"})
+    board.on_step_begin(1, trials)
+    board._budget._sweep = board._config.sweep.model_copy(update={"max_minutes": 1e-9})
+
+    def commit_when_asked() -> None:
+        while not (runs["running"] / STOP_REQUEST).exists():
+            time.sleep(0.01)
+        (runs["running"] / "checkpoints" / "step-00000010" / "commit.json").write_json({"files": {}})
+
+    trial = threading.Thread(target=commit_when_asked)
+    trial.start()
+    begun = time.monotonic()
+    with pytest.raises(BudgetUsedUp, match=re.escape("sweep.max_minutes")):
+        board.on_step_begin(2, trials)
+    trial.join()
+    assert time.monotonic() - begun < CHECKPOINT_SECONDS
+    assert [name for name, run in runs.items() if (run / STOP_REQUEST).exists()] == ["running"]
+    trials[1].status, trials[3].last_result = "TERMINATED", {"step": 3}  # what Tune makes of them, not of the others
+    ends = {row["trial_id"]: row["stopped_by"] for row in board.write("complete")["trials"]}
+    assert ends == {"ended": "scheduler", "running": "budget", "done": "budget", "waits": "budget"}
 
 
 def test_a_trial_s_time_and_cost_are_those_of_all_starts(tmp_path: Path) -> None:

@@ -181,7 +181,6 @@ def test_what_was_taken_before_an_interruption_counts(tmp_path: Path) -> None:
     second("b", {"time_this_iter_s": 1800, "time_total_s": 1800})
     assert second.cost == pytest.approx(3)
     assert second.used_up == "sweep.max_cost"
-    assert second.stop_all()
 
 
 # --- repeats ----------------------------------------------------------------------------------------------------------

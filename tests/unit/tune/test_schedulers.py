@@ -40,7 +40,10 @@ class Run:
 
     def play(self, curves: dict[str, float], encoders: dict[str, str] | None = None) -> dict[str, int]:
         """How many validations each trial got; one of accuracy x reports x each time."""
-        trials = {name: Member(name, {"encoder": (encoders or {}).get(name, "encoder")}) for name in curves}
+        trials = {
+            name: Member(name, {"encoder": (encoders or {}).get(name, "encoder"), "setting": number})
+            for number, name in enumerate(curves)
+        }
         for trial in trials.values():
             self.scheduler.on_trial_add(self.controller, trial)
         got = dict.fromkeys(curves, 0)
@@ -64,10 +67,29 @@ def test_successive_halving_stops_the_worse_half_at_each_rung() -> None:
 
 def test_a_sweep_that_goes_on_stops_trials_by_what_was_reported_before() -> None:
     sweep, past = sweep_of(), Run(sweep_of(), 8)
-    reports = [{METRIC: 0.6, "validations": validation, "config": {"encoder": "encoder"}} for validation in (1, 2)]
+    reports = [
+        {METRIC: 0.6, "validations": validation, "config": {"encoder": "encoder", "setting": 9}}
+        for validation in (1, 2)
+    ]
     replay(past.scheduler, sweep, {"before": reports})
     assert past.play({"bad": 0.5, "best": 0.9}) == {"bad": 1, "best": 8}
     assert Run(sweep, 8).play({"bad": 0.5, "best": 0.9})["bad"] > 1
+
+
+def test_a_setting_keeps_its_bracket_in_a_sweep_that_goes_on_and_with_every_encoder() -> None:
+    sweep = sweep_of(scheduler="hyperband", brackets=3)
+    curves = {f"{number}": 1.0 - number / 40 for number in range(20)}
+    first = Run(sweep, 16).play(curves)
+    assert len(set(first.values())) > 2  # some brackets have their first rung later
+    assert Run(sweep, 16).play(curves) == first
+    assert Run(sweep_of(scheduler="hyperband", brackets=3, seed=1), 16).play(curves) != first
+    names = {f"{name}-{encoder}": encoder for encoder in ("a", "b") for name in curves}
+    both = Run(sweep, 16, encoders=("a", "b"))
+    got: dict[str, int] = {}
+    for encoder in ("a", "b"):
+        of_one = {f"{name}-{encoder}": value for name, value in curves.items()}
+        got |= both.play(of_one, names)
+    assert list(got.values()) == [*first.values(), *first.values()]
 
 
 def test_the_median_rule_stops_what_is_below_the_others_means() -> None:
