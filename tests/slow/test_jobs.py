@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.token_cluster import ROOT, TokenCluster
+from support.token_cluster import ROOT, TokenCluster, node_address
 
 from beats_ray.data.sample import make_sample_set
 from beats_ray.models import BeatsEncoder, RandomProjectionTokenizer, encoder_config, save_model
@@ -140,7 +140,7 @@ def test_token_and_storage_key_are_in_no_log_no_job_record_and_nothing_that_a_jo
 
 
 def test_with_tls_a_job_runs_and_a_driver_without_a_certificate_does_not_join(tmp_path: Path) -> None:
-    for words in (["authority", str(tmp_path)], ["node", str(tmp_path), "127.0.0.1"]):
+    for words in (["authority", str(tmp_path)], ["node", str(tmp_path), node_address()]):
         subprocess.run([str(ROOT / "cluster" / "tls.sh"), *words], check=True)
     cluster = TokenCluster(tmp_path, certificates=tmp_path)
     joins = f"import ray; ray.init({cluster.gcs!r}); print('inside', ray.get(ray.remote(lambda: 7).remote()))"
@@ -172,7 +172,7 @@ def test_a_job_that_is_stopped_in_mid_training_goes_on_when_it_is_submitted_agai
 
     waiting = head.run(sys.executable, "jobs/submit.py", "pretrain", "--no-wait", "--", *command)
     assert "pretrain-2: submitted" in waiting.stdout, waiting.stdout + waiting.stderr
-    wait_for(lambda: len(losses(run)) > 4)
+    wait_for(lambda: progress(run) > 8)
     again = head.run(sys.executable, "jobs/submit.py", "pretrain", "--no-wait", "--", *command)
     assert "pretrain-2: running already" in again.stdout
     told = job(head, "pretrain-2")
@@ -234,6 +234,14 @@ def test_each_other_job_succeeds_on_small_data(head: TokenCluster, folder: Path)
         assert (folder / f"of-{made}" / "config.json").exists(), made
     assert (folder / "of-evaluate/evaluation.json").exists()
     assert (folder / "of-embed/embeddings.json").exists()
+
+
+def progress(run: Path) -> int:
+    """The newest step that is shown: losses are on storage with the next checkpoint."""
+    try:
+        return int(json.loads((run / "progress.json").read_text())["step"])
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or half written
+        return 0
 
 
 def losses(run: Path) -> list[int]:

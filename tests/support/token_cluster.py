@@ -26,11 +26,19 @@ def free_port() -> int:
         return port
 
 
+def node_address() -> str:
+    """What Ray calls this machine: loopback is no name for a node, even where it is asked for."""
+    from ray.util import get_node_ip_address
+
+    address: str = get_node_ip_address()
+    return address
+
+
 class TokenCluster:
     """Addresses of a running head and the environment that its users need."""
 
     def __init__(self, folder: Path, certificates: Path | None = None) -> None:
-        """certificates: a folder of `cluster/tls.sh` with one for 127.0.0.1, where the head speaks TLS."""
+        """certificates: a folder of `cluster/tls.sh` with one for `node_address`, where the head speaks TLS."""
         self.token_file = folder / "auth_token"
         self.token_file.write_text(secrets.token_hex(32))
         self.token_file.chmod(0o600)
@@ -61,7 +69,7 @@ class TokenCluster:
     def _tls(self) -> dict[str, str]:
         if self._certificates is None:
             return {}
-        node = self._certificates / "127.0.0.1"
+        node = self._certificates / node_address()
         return {
             "RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(self._certificates / "ca.crt"),
             "RAY_TLS_SERVER_CERT": f"{node}.crt", "RAY_TLS_SERVER_KEY": f"{node}.key",
