@@ -238,6 +238,18 @@ def share_cpus(
         options.resource_limits = options.resource_limits.copy(cpu=share)
 
 
+def start_bookkeepers() -> None:
+    """Has Ray Data start the actors in which it keeps statistics and asks for nodes, on this process's node.
+
+    They stay for as long as the cluster, on the node of whoever runs a first data set. Where that is a trial's, on a
+    node that the autoscaler has started, it would never be idle.
+    """
+    rows = ray.data.from_items([{"row": 0}])
+    rows.context.enable_progress_bars = False
+    for _ in rows.iter_batches():
+        pass
+
+
 def weigher(
     dataset: Place, manifest: DatasetManifest, settings: StreamSettings
 ) -> Callable[[tuple[RowGroupRef, ...], Rows | None], ClipWeights] | None:

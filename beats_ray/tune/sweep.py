@@ -152,12 +152,15 @@ def _cached_needs(finetune: FinetuneSettings, sweep: SweepSettings) -> TrialNeed
 
 
 def _sweep(config: SweepConfig, manifest: DatasetManifest, output: Place, console: Console) -> None:
+    from beats_ray.data.stream import start_bookkeepers
     from beats_ray.tune.budget import Budget, BudgetUsedUp
     from beats_ray.tune.live import LiveBoard
 
     needs = _needs(config, manifest)
     most = _count_trials(config, needs)
     cache = load_cache(config.data, manifest) if needs.reading_cpus == 0 else None
+    if cache is None:  # reading has them start otherwise
+        start_bookkeepers()
     trials = Trials(config, manifest, cache, needs, attempt=uuid.uuid4().hex, side_by_side=most)
     budget = Budget(config.sweep, needs, output)
     board = LiveBoard(config, manifest, budget)

@@ -86,14 +86,15 @@ SPACE = {"train.learning_rate": grid(GOOD, USELESS)}
 def test_a_bad_trial_is_stopped_a_crash_ends_nothing_and_the_best_can_be_had_again(work: Path) -> None:
     space = {
         "train.learning_rate": grid(GOOD, 10.0, 1e30),
+        "train.weight_decay": grid(1e38, when={"train.learning_rate": [1e30]}),  # the first step makes weights infinite
         "freeze_encoder_steps": grid(0, 1, when={"train.learning_rate": [GOOD]}),
         "freeze_encoder": grid(False, True, when={"freeze_encoder_steps": [1]}),  # for good too: refused beside it
     }
     settings = {"search": "grid", "max_concurrent_trials": 1, "space": space}
-    board = sweep(work, "planted", sweep=settings)
+    board = sweep(work, "planted", "finetune.train.max_bad_steps=2", sweep=settings)
     rows = {tuple(row["config"].values()): row for row in board["trials"]}
     assert len(rows) == 5
-    crash, bad, no_number = rows[GOOD, 1, True], rows[(10.0,)], rows[(1e30,)]
+    crash, bad, no_number = rows[GOOD, 1, True], rows[(10.0,)], rows[1e30, 1e38]
     assert (no_number["status"], no_number["failure"]["kind"]) == ("failed", "diverged")
     assert crash["status"] == "failed"
     assert crash["failure"]["kind"] == "settings"
