@@ -1,6 +1,7 @@
-"""Self-attention with a gated relative position bias, in three backends that agree.
+"""Self-attention with a gated relative position bias, in four backends that agree.
 
-`sdpa` is the fused kernel with the gated bias as its mask; `matmul` spells the formula out; `flex` gates the bias
+`sdpa` is the fused kernel with the gated bias as its mask; `matmul` spells the formula out; `clipwise` is the same
+formula with a backward pass of its own, one clip after the other, for training on a CPU; `flex` gates the bias
 inside the kernel of FlexAttention, so that it is never in memory (compiled on CUDA; on a CPU good for comparison only).
 
 Shapes: B clips, N patches, D width, H heads, K features a head, O = 2 N offsets; R time steps, C patches along
@@ -13,6 +14,7 @@ explicit upcast), which serves the same purpose.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-AttentionBackend = Literal["auto", "sdpa", "matmul", "flex"]
+AttentionBackend = Literal["auto", "sdpa", "matmul", "clipwise", "flex"]
 AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float]
 """Queries, keys and values (B, H, N, K), gates (B, H, N, 1), bias (B or 1, H, N, N), padding (B, N), dropout."""
 
@@ -138,15 +140,18 @@ class GatedSelfAttention(nn.Module):
         k_BHNK = self._split(self.k_proj(x_BND))
         v_BHNK = self._split(self.v_proj(x_BND))
         gate_BHN1 = self._gate(q_BND) if self.gated else None
+        dropout = self.dropout if self.training else 0.0
         if backend == "auto":
             needs_grad = torch.is_grad_enabled() and (q_BHNK.requires_grad or bias_BHNN.requires_grad)
-            backend = "matmul" if needs_grad and x_BND.device.type == "cpu" else "sdpa"
-        dropout = self.dropout if self.training else 0.0
-        if backend == "flex" and dropout:
-            raise ValueError(f"attention_dropout={self.dropout} is not possible with backend='flex'; use 'sdpa', or 0")
-        attend = {"matmul": _attend_matmul, "flex": _attend_flex}.get(backend, _attend_sdpa)
+            spelled_out: AttentionBackend = "matmul" if dropout or torch.compiler.is_compiling() else "clipwise"
+            backend = spelled_out if needs_grad and x_BND.device.type == "cpu" else "sdpa"
+        if backend in ("flex", "clipwise") and dropout:
+            raise ValueError(
+                f"attention_dropout={self.dropout} is not possible with backend={backend!r}; use 'sdpa', or 0"
+            )
+        attend = _ATTEND[backend]
         inputs = (q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, dropout)
-        if recompute and torch.is_grad_enabled():
+        if recompute and torch.is_grad_enabled() and backend != "clipwise":
             out_BHNK = checkpoint(attend, inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
             out_BHNK = attend(inputs)
@@ -164,11 +169,15 @@ class GatedSelfAttention(nn.Module):
         return gate
 
 
+def _hidden(is_pad_BN: Tensor | None) -> Tensor | None:
+    return None if is_pad_BN is None else is_pad_BN & ~is_pad_BN.all(dim=1, keepdim=True)
+
+
 def _bias_and_padding(gate_BHN1: Tensor | None, bias_BHNN: Tensor, is_pad_BN: Tensor | None) -> Tensor:
     bias_BHNN = bias_BHNN if gate_BHN1 is None else gate_BHN1 * bias_BHNN
-    if is_pad_BN is None:
+    hidden_BN = _hidden(is_pad_BN)
+    if hidden_BN is None:
         return bias_BHNN
-    hidden_BN = is_pad_BN & ~is_pad_BN.all(dim=1, keepdim=True)
     return bias_BHNN.masked_fill(hidden_BN[:, None, None, :], torch.finfo(bias_BHNN.dtype).min)
 
 
@@ -182,7 +191,7 @@ def _attend_sdpa(inputs: AttentionInputs) -> Tensor:
 def _attend_flex(inputs: AttentionInputs) -> Tensor:
     q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, _ = inputs
     shared = bias_BHNN.shape[0] == 1
-    hidden_BN = None if is_pad_BN is None else is_pad_BN & ~is_pad_BN.all(dim=1, keepdim=True)
+    hidden_BN = _hidden(is_pad_BN)
 
     def add_bias(score: Tensor, clip: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         bias = bias_BHNN[0, head, query, key] if shared else bias_BHNN[clip, head, query, key]
@@ -203,7 +212,7 @@ def _flex_attention(compiled: bool) -> Any:
 
 
 def _attend_matmul(inputs: AttentionInputs) -> Tensor:
-    # The formula spelled out; also the fastest in training on the CPU, whose fused kernel has no gradient for a bias.
+    # The formula spelled out, for where nothing faster can be had: a CPU's fused kernel has no gradient for a bias.
     q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, dropout = inputs
     batch, heads, patches, width = q_BHNK.shape
     with torch.autocast(q_BHNK.device.type, enabled=False):
@@ -217,3 +226,87 @@ def _attend_matmul(inputs: AttentionInputs) -> Tensor:
         weights = F.dropout(scores.softmax(dim=-1), dropout) if dropout else scores.softmax(dim=-1)
         out = torch.bmm(weights, v_BHNK.reshape(batch * heads, -1, width).float())
         return out.view(batch, heads, patches, width).to(q_BHNK.dtype)
+
+
+def _attend_clipwise(inputs: AttentionInputs) -> Tensor:
+    q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, _ = inputs
+    with torch.autocast(q_BHNK.device.type, enabled=False):
+        out: Tensor = _Clipwise.apply(v_BHNK, q_BHNK, k_BHNK, gate_BHN1, bias_BHNN, _hidden(is_pad_BN))
+        return out
+
+
+class _Clipwise(torch.autograd.Function):
+    """`_attend_matmul` for one clip after the other, in two buffers of a clip's weights (H, N, N), which stay in cache.
+
+    Keeps nothing of that size. The backward pass computes the weights again but not the output, whose product with its
+    gradient, summed over features, is all that the softmax's own gradient asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v_BHNK: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Returns (B, H, N, K) in the queries' type. inputs: those of `_weigh`."""
+        q_BHNK, k_BHNK, *_ = inputs
+        assert q_BHNK is not None and k_BHNK is not None  # noqa: PT018
+        out_BHNK = _like(q_BHNK)
+        weights_HNN = torch.empty(q_BHNK.shape[1:3] + k_BHNK.shape[2:3])
+        for clip in range(len(q_BHNK)):
+            _weigh(inputs, clip, weights_HNN)
+            out_BHNK[clip] = torch.bmm(weights_HNN, v_BHNK[clip].float())
+        ctx.save_for_backward(v_BHNK, out_BHNK, *inputs)
+        return out_BHNK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BHNK: Tensor) -> tuple[Tensor | None, ...]:
+        v_BHNK, out_BHNK, *inputs = ctx.saved_tensors
+        q_BHNK, k_BHNK, gate_BHN1, bias_BHNN, _ = inputs
+        scale = q_BHNK.shape[-1] ** -0.5
+        dv_BHNK, dq_BHNK, dk_BHNK = _like(v_BHNK), _like(q_BHNK), _like(k_BHNK)
+        dgate_BHN1 = None if gate_BHN1 is None else torch.empty_like(gate_BHN1)
+        dbias_BHNN = torch.zeros_like(bias_BHNN) if ctx.needs_input_grad[4] else None
+        weights_HNN = torch.empty(q_BHNK.shape[1:3] + k_BHNK.shape[2:3])
+        dscore_HNN = torch.empty_like(weights_HNN)
+        for clip in range(len(q_BHNK)):
+            bias_HNN = _weigh(inputs, clip, weights_HNN)
+            grad_HNK = grad_BHNK[clip].float()
+            dv_BHNK[clip] = torch.bmm(weights_HNN.transpose(1, 2), grad_HNK)
+            torch.bmm(grad_HNK, v_BHNK[clip].float().transpose(1, 2), out=dscore_HNN)
+            dscore_HNN.sub_((grad_HNK * out_BHNK[clip]).sum(-1, keepdim=True)).mul_(weights_HNN)
+            dq_BHNK[clip] = torch.bmm(dscore_HNN, k_BHNK[clip].float()).mul_(scale)
+            dk_BHNK[clip] = torch.bmm(dscore_HNN.transpose(1, 2), q_BHNK[clip].float()).mul_(scale)
+            if dgate_BHN1 is not None:
+                dgate_BHN1[clip] = torch.mul(dscore_HNN, bias_HNN, out=weights_HNN).sum(-1, keepdim=True)
+                dscore_HNN.mul_(gate_BHN1[clip])
+            if dbias_BHNN is not None:
+                dbias_BHNN[clip if len(bias_BHNN) > 1 else 0] += dscore_HNN
+        return dv_BHNK, dq_BHNK, dk_BHNK, dgate_BHN1, dbias_BHNN, None
+
+
+def _weigh(inputs: Any, clip: int, weights_HNN: Tensor) -> Tensor:
+    """Puts a clip's attention weights into the buffer; returns its bias (H, N, N).
+
+    inputs: queries and keys (B, H, N, K), gates (B, H, N, 1) or None, bias (B or 1, H, N, N), hidden patches (B, N) or
+    None.
+    """
+    q_BHNK, k_BHNK, gate_BHN1, bias_BHNN, hidden_BN = inputs
+    bias_HNN = bias_BHNN[clip if len(bias_BHNN) > 1 else 0]
+    if gate_BHN1 is None:
+        weights_HNN.copy_(bias_HNN)
+    else:
+        torch.mul(gate_BHN1[clip].float(), bias_HNN.float(), out=weights_HNN)
+    if hidden_BN is not None:
+        weights_HNN.masked_fill_(hidden_BN[clip], torch.finfo(weights_HNN.dtype).min)
+    scale = q_BHNK.shape[-1] ** -0.5
+    weights_HNN.baddbmm_(q_BHNK[clip].float(), k_BHNK[clip].float().transpose(1, 2), alpha=scale)
+    torch.softmax(weights_HNN, dim=-1, out=weights_HNN)
+    return bias_HNN
+
+
+def _like(x_BHNK: Tensor) -> Tensor:
+    """Empty, of this shape, its memory in the order (B, N, H, K): joining heads copies nothing."""
+    return torch.empty_like(x_BHNK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+_ATTEND: Mapping[str, Callable[[AttentionInputs], Tensor]] = {
+    "sdpa": _attend_sdpa, "matmul": _attend_matmul, "clipwise": _attend_clipwise, "flex": _attend_flex,
+}  # fmt: skip

@@ -122,13 +122,15 @@ def test_training_keeps_nothing_as_large_as_the_attention_weights() -> None:
         kept.append(value.numel())
         return value
 
-    for recompute, layers in ((True, 0), (False, 4)):
+    backends: Any = (("auto", True, 0), ("matmul", True, 0), ("matmul", False, 4))
+    for backend, recompute, layers in backends:
+        encoder.use(attention_backend=backend)
         encoder.encoder.recompute = recompute
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             encoder(fbank)
         large = [size for size in kept if size >= clips * heads * patches * patches]
-        assert (len(large) >= layers) if layers else not large, (recompute, large)
+        assert (len(large) >= layers) if layers else not large, (backend, recompute, large)
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -143,9 +145,12 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_backends_and_recomputation_agree_in_output_and_gradient(padded: bool, masked: bool) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_attention_backends_and_recomputation_agree_in_output_and_gradient(
+    padded: bool, masked: bool, gated: bool
+) -> None:
     torch.manual_seed(0)
-    encoder = awake(build_encoder("tiny"))
+    encoder = awake(build_encoder("tiny", gated_relative_bias=gated))
     fbank = torch.randn(2, 96, 128)
     count = torch.tensor([96, 50]) if padded else None
     visible = torch.tensor([[0, 5, 9, 20, 47], [1, 2, 8, 23, -1]]) if masked else None
@@ -155,6 +160,7 @@ def test_attention_backends_and_recomputation_agree_in_output_and_gradient(padde
         ("sdpa", False, False),
         ("sdpa", False, True),
         ("matmul", True, False),
+        ("clipwise", False, True),
     ):
         encoder.use(attention_backend=backend, checkpoint_layers=layers)  # type: ignore[arg-type]
         encoder.encoder.recompute = attention
@@ -189,10 +195,11 @@ def test_flex_attention_gives_the_features_of_the_plain_formula(padded: bool, ma
     assert features["flex"].abs().max() > 0.1
 
 
-def test_dropout_inside_attention_is_not_possible_with_flex() -> None:
+@pytest.mark.parametrize("backend", ["flex", "clipwise"])
+def test_some_backends_know_no_dropout_inside_attention(backend: Any) -> None:
     encoder = build_encoder("tiny", attention_dropout=0.1).train()
-    encoder.use(attention_backend="flex")
-    with pytest.raises(ValueError, match=r"attention_dropout=0\.1 is not possible with backend='flex'"):
+    encoder.use(attention_backend=backend)
+    with pytest.raises(ValueError, match=rf"attention_dropout=0\.1 is not possible with backend='{backend}'"):
         encoder(torch.randn(1, 64, 128))
 
 

@@ -29,7 +29,7 @@ def wave(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["quiet", "loud", "silent", "huge", "infinite"])
 @pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32", "autocast"])
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "clipwise"])
 def test_outputs_and_gradients_are_finite_for_any_loudness_in_any_precision(kind: str, mode: str, backend: Any) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_finite_for_any_loudness_in_any_precision(kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "clipwise"])
 def test_attention_scores_beyond_the_range_of_fp16_stay_finite(dtype: torch.dtype, backend: Any) -> None:
     torch.manual_seed(0)
     encoder = build_encoder("tiny", num_layers=2)
