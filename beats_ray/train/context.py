@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from beats_ray.train.leftovers import Holder, current_holder
 
 Report = Callable[[int, dict[str, float]], None]
 Notice = Callable[[], bool]
@@ -28,8 +30,8 @@ class WorkerContext:
     """Whether this process or another is about to be taken away; every worker must ask equally often."""
     gpu_share: float = 1.0
     """Of its GPU, where others have the rest."""
-    actor: str = ""
-    """Ray's id of this process, where it is a worker of Ray Train."""
+    holder: Holder = field(default_factory=dict)
+    """What this process is to Ray, where it is a worker of Ray Train."""
 
     def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, in place."""
@@ -48,7 +50,6 @@ class WorkerContext:
 
 def ray_train_context() -> WorkerContext:
     """The context of a Ray Train worker."""
-    import ray
     import ray.train
     import ray.train.torch
 
@@ -59,7 +60,7 @@ def ray_train_context() -> WorkerContext:
         device=ray.train.torch.get_device(),
         report=lambda step, metrics: ray.train.report({"step": step, **metrics}),
         notice=lambda: ray.train.get_preemption_info() is not None,
-        actor=ray.get_runtime_context().get_actor_id() or "",
+        holder=current_holder(),
     )
 
 

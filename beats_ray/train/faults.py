@@ -12,12 +12,11 @@ import torch
 from beats_ray.config import TrainSettings, UserError
 from beats_ray.data.storage import Place, StorageError, with_retries
 from beats_ray.train.context import WorkerContext
+from beats_ray.train.leftovers import ATTEMPTS_FILE
 
 logger = logging.getLogger(__name__)
 
 STOP_REQUEST = "stop-requested.json"
-ATTEMPTS_FILE = "attempts.json"
-GONE_SECONDS = 60.0
 """Below a run's output: whoever is about to end the run writes it, and the run makes a checkpoint."""
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 3.0
@@ -141,34 +140,15 @@ def is_bad_step(losses_are_finite: bool, loss_scale_can_fall: bool) -> bool:
 def count_recoveries(output: Place, context: WorkerContext, retry_seconds: float) -> int:
     """How often the run began again before this time, whatever for; every rank must call it, once.
 
-    `attempts.json` counts, and names the processes of this attempt.
+    `attempts.json` counts, and says what this attempt holds of a Ray cluster (`leftovers.py`).
     """
-    attempts, workers = 0, [actor for actor in context.gather(context.actor) if actor]
+    attempts, holders = 0, context.gather(context.holder)
     if context.rank == 0:
         place = output / ATTEMPTS_FILE
         with suppress(FileNotFoundError):
             attempts = int(with_retries(place.read_json, retry_seconds)["attempts"])
-        with_retries(lambda: place.write_json({"attempts": attempts + 1, "workers": workers}), retry_seconds)
+        with_retries(lambda: place.write_json({"attempts": attempts + 1, "workers": holders}), retry_seconds)
     return int(context.gather(attempts)[0])
-
-
-def wait_until_gone(output: Place) -> None:
-    """Returns once the workers of the run's newest attempt have ended, which might write one more checkpoint.
-
-    A trial's process ends at once when Tune stops it; the Ray Train run that it had started ends with it, but later.
-    TimeoutError where it does not.
-    """
-    from ray._private.state import actors  # Ray's public list of actors needs its dashboard
-
-    try:
-        workers = (output / ATTEMPTS_FILE).read_json()["workers"]
-    except FileNotFoundError:
-        return
-    deadline = time.monotonic() + GONE_SECONDS
-    while any(actors(worker).get("State", "DEAD") != "DEAD" for worker in workers):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{output.uri}: workers of an earlier attempt have not ended in {GONE_SECONDS:g} s")
-        time.sleep(0.1)
 
 
 @contextmanager

@@ -151,9 +151,9 @@ def fit_in_trial(run: Run, callbacks: Sequence[Any], meanwhile: Callable[[], Non
 
     meanwhile: called again and again in this one until the run has ended; what it raises goes through.
     """
-    from beats_ray.train.faults import wait_until_gone
+    from beats_ray.train.leftovers import wait_until_released
 
-    wait_until_gone(run.output)
+    wait_until_released(run.output)
     _fit(run, callbacks, meanwhile=meanwhile)
 
 

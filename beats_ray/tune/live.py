@@ -1,5 +1,6 @@
 """The leaderboard of a sweep that is under way, from Ray Tune's own view of its trials."""
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,9 +15,12 @@ from beats_ray.reporting.reading import json_lines
 from beats_ray.stage import is_complete
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.faults import STOP_REQUEST
+from beats_ray.train.leftovers import is_released, wait_until_released
 from beats_ray.tune.budget import Budget, BudgetUsedUp
 from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
 from beats_ray.tune.trial import run_place
+
+logger = logging.getLogger(__name__)
 
 ENDED = ("TERMINATED", "ERROR")
 CHECKPOINT_SECONDS = 20.0
@@ -143,6 +147,43 @@ class LiveBoard(Callback):
     def get_state(self) -> dict[str, Any] | None:
         """Nothing that a sweep which goes on would need: its files have it."""
         return None
+
+
+class ReleaseWorkers(Callback):
+    """Gives back what is left of the Ray Train runs of trials that have ended (`train/leftovers.py`)."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._config = config
+        self._left: set[Place] = set()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        del iteration, trials
+        self._left.update(self._runs_of(trial))
+
+    on_trial_error = on_trial_complete
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        del iteration, trials
+        for place in list(self._left):
+            with suppress(StorageError):  # it is asked again
+                if is_released(place):
+                    self._left.remove(place)
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        """Of all trials: those too that the end of the sweep has ended."""
+        for place in [place for trial in trials for place in self._runs_of(trial)]:
+            try:
+                wait_until_released(place)
+            except (TimeoutError, StorageError) as error:  # the sweep has its result
+                logger.warning("%s", error)
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Nothing that a sweep which goes on would need: a trial waits for what it had itself."""
+        return None
+
+    def _runs_of(self, trial: Any) -> list[Place]:
+        repeats = range(self._config.sweep.repeats)
+        return [run_place(self._config, trial.trial_id, repeat) for repeat in repeats]
 
 
 def _has_begun(trial: Any) -> bool:

@@ -192,7 +192,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
     from ray.tune.search import BasicVariantGenerator
 
     from beats_ray.tune.gauges import sweep_callbacks
-    from beats_ray.tune.live import read_histories
+    from beats_ray.tune.live import ReleaseWorkers, read_histories
     from beats_ray.tune.schedulers import build_scheduler, replay
     from beats_ray.tune.search import SettingsSearch, num_settings
     from beats_ray.tune.space import tune_domains
@@ -228,7 +228,7 @@ def _tune(trials: Trials, output: Place, budget: Any, board: Any, most: int) -> 
         search_alg=search,
         scheduler=scheduler,
         stop=budget,
-        callbacks=[board, *sweep_callbacks(run_name(output.uri), metric, total, mode)],
+        callbacks=[board, ReleaseWorkers(config), *sweep_callbacks(run_name(output.uri), metric, total, mode)],
         max_concurrent_trials=None if sweep.scheduler == "pbt" else most,
         storage_path=folder.path,
         storage_filesystem=folder.keyless_filesystem,

@@ -181,7 +181,7 @@ def run_trial(parameters: dict[str, Any], trials: Trials) -> None:
 def _run_repeats(parameters: dict[str, Any], trials: Trials, trial_id: str) -> None:
     from ray import tune
 
-    from beats_ray.train.faults import wait_until_gone
+    from beats_ray.train.leftovers import wait_until_released
     from beats_ray.train.metrics import read_metrics
 
     config, done = trials.config, list[dict[str, float]]()
@@ -193,7 +193,7 @@ def _run_repeats(parameters: dict[str, Any], trials: Trials, trial_id: str) -> N
         reports = Reports(settings, run.choose_by, config.sweep.repeats, repeat, tuple(done))
         if config.sweep.scheduler == "pbt":  # whose settings change in mid-run, as those of a stage must not
             if (checkpoint := tune.get_checkpoint()) is not None:
-                wait_until_gone(run.output)
+                wait_until_released(run.output)
                 follow(read_pointer(checkpoint), run.output)
             _train(run, trials, reports)
         else:

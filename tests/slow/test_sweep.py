@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from support.tones import write_tones
@@ -176,6 +177,15 @@ def test_trials_of_two_workers_are_ray_train_runs_side_by_side(work: Path) -> No
         assert [record["step"] for record in row["history"]] == [8, 16]
         assert len(list((work / "workers" / "trials" / row["trial_id"]).glob("ray-train"))) == 1
     assert (work / "workers" / "model" / "model.safetensors").exists()
+
+
+def test_trials_of_two_workers_that_are_stopped_give_their_workers_back(work: Path) -> None:
+    overrides = ["finetune.train.num_workers=2", "finetune.train.micro_batch_size=2"]
+    space = {"train.learning_rate": grid(GOOD, USELESS, 2 * USELESS, 3 * USELESS)}
+    settings = {"search": "grid", "grace_validations": 1, "space": space, "max_concurrent_trials": 1}
+    board = sweep(work, "given-back", *overrides, sweep=settings)
+    assert sorted(row["steps"] for row in board["trials"]) == [8, 8, 8, 32]
+    assert ray.available_resources()["CPU"] == 4.0
 
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(work: Path) -> None:
