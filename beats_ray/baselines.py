@@ -49,28 +49,32 @@ def clip_band_baseline(
     of its own counts (deleted interpolation). So nothing is tuned, and no tokenizer is favoured by fixed smoothing.
     """
     labels_BN = labels_BN.long()
-    clip, band, code = _known_patches(labels_BN, visible_BM)
+    clip, band, code, is_known = _patches(labels_BN, visible_BM)
     counts_BFV = labels_BN.new_zeros((len(labels_BN), BANDS, num_codes), dtype=torch.float32)
-    counts_BFV.index_put_((clip, band, code), torch.ones_like(code, dtype=torch.float32), accumulate=True)
+    counts_BFV.index_put_((clip, band, code), is_known.float(), accumulate=True)
     clip_BV = counts_BFV.sum(1)
     band_FV = counts_BFV.sum(0) if band_counts_FV is None else band_counts_FV.to(counts_BFV)
     tables = (counts_BFV, clip_BV, band_FV, band_FV.sum(0))
-    weights = _mixture_weights(_frequencies(tables, clip, band, code, leave_out=1.0))
+    weights = _mixture_weights(_frequencies(tables, clip, band, code, leave_out=1.0), is_known)
     # Fewer than 1000 patches a clip, so these additions break ties and never overturn a majority.
     ranked_BFV = counts_BFV + 1e-3 * clip_BV.unsqueeze(1) + 1e-1 * band_FV / (1.0 + band_FV.sum())
     guess_BF = ranked_BFV.argmax(-1)
-    clip, band, code = _known_patches(labels_BN, target_BK)
+    clip, band, code, is_known = _patches(labels_BN, target_BK)
     likelihood = (_frequencies(tables, clip, band, code, leave_out=0.0) * weights).sum(-1)
-    num_correct = (guess_BF[clip, band] == code).sum()
-    return ClipBandScore(-likelihood.log().sum(), num_correct, torch.as_tensor(len(code), device=code.device))
+    num_correct = ((guess_BF[clip, band] == code) & is_known).sum()
+    return ClipBandScore(-likelihood.log().masked_fill(~is_known, 0.0).sum(), num_correct, is_known.sum())
 
 
-def _known_patches(labels_BN: Tensor, index_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Clip, band and code of every patch that the indices name, padding left out."""
-    code_BM = labels_BN.gather(1, index_BM.clamp(min=0))
+def _patches(labels_BN: Tensor, index_BM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clip, band and code of each place of the indices, and whether it names a patch that is no padding.
+
+    Selecting those would have the host wait for the device, which must say how many there are.
+    """
+    place_BM = index_BM.clamp(min=0)
+    code_BM = labels_BN.gather(1, place_BM)
     is_known_BM = (index_BM >= 0) & (code_BM >= 0)
     clip_BM = torch.arange(len(labels_BN), device=labels_BN.device).unsqueeze(1).expand_as(index_BM)
-    return clip_BM[is_known_BM], index_BM[is_known_BM] % BANDS, code_BM[is_known_BM]
+    return clip_BM.flatten(), (place_BM % BANDS).flatten(), code_BM.clamp(min=0).flatten(), is_known_BM.flatten()
 
 
 def _frequencies(
@@ -88,14 +92,14 @@ def _frequencies(
     return torch.stack([*columns, torch.full_like(columns[0], 1.0 / len(all_V))], dim=-1)
 
 
-def _mixture_weights(frequencies: Tensor) -> Tensor:
+def _mixture_weights(frequencies: Tensor, is_known: Tensor) -> Tensor:
     parts = frequencies.shape[-1]
     weights = frequencies.new_full((parts,), 1.0 / parts)
     for _ in range(MIXTURE_UPDATES):
         shares = frequencies * weights
-        shares = shares / shares.sum(-1, keepdim=True)
+        shares = (shares / shares.sum(-1, keepdim=True)).masked_fill(~is_known.unsqueeze(-1), 0.0)
         # One imagined count per part: a code that was never visible still gets a likelihood above zero.
-        weights = (shares.sum(0) + 1.0) / (len(frequencies) + parts)
+        weights = (shares.sum(0) + 1.0) / (is_known.sum() + parts)
     return weights
 
 

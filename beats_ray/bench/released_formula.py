@@ -43,12 +43,12 @@ class FormulaLayer(nn.Module):
         self.fc2 = nn.Linear(config.ffn_width, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x_BND: Tensor, bias_HNN: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, bias_BHNN: Tensor) -> Tensor:
         """Returns (B, N, D)."""
-        x_BND = self.self_attn_layer_norm(self.alpha * x_BND + self._attend(x_BND, bias_HNN))
+        x_BND = self.self_attn_layer_norm(self.alpha * x_BND + self._attend(x_BND, bias_BHNN))
         return self.final_layer_norm(self.alpha * x_BND + self.fc2(F.gelu(self.fc1(x_BND))))
 
-    def _attend(self, x_BND: Tensor, bias_HNN: Tensor) -> Tensor:
+    def _attend(self, x_BND: Tensor, bias_BHNN: Tensor) -> Tensor:
         heads, parts = self.config.num_heads, self.self_attn
         q_BHNK, k_BHNK, v_BHNK = (
             parts[f"{name}_proj"](x_BND).unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q", "k", "v")
@@ -56,10 +56,10 @@ class FormulaLayer(nn.Module):
         gates = parts["grep_linear"](q_BHNK).unflatten(-1, (2, 4)).sum(-1).sigmoid()
         grep_a = self.self_attn.get_parameter("grep_a")
         gate_BHN1 = gates[..., :1] * (gates[..., 1:] * grep_a - 1.0) + 2.0
-        bias_BHNN = gate_BHN1 * bias_HNN.unsqueeze(0).repeat(len(x_BND), 1, 1, 1)
+        gated_BHNN = gate_BHN1 * bias_BHNN
         scores = (q_BHNK / 32.0) @ k_BHNK.transpose(2, 3) / math.sqrt(self.config.head_width)
         scores = (scores - scores.max(dim=-1, keepdim=True).values.detach()) * 32.0
-        weights = (scores + bias_BHNN).softmax(dim=-1)
+        weights = (scores + gated_BHNN).softmax(dim=-1)
         out: Tensor = parts["out_proj"]((weights @ v_BHNK).transpose(1, 2).flatten(2))
         return out
 
@@ -88,9 +88,9 @@ class FormulaStack(nn.Module):
         position_N = torch.arange(patches, device=x_BND.device)
         offset_NN = position_N[None, :] - position_N[:, None]
         bucket_NN = relative_bucket(offset_NN, self.config.relative_buckets, self.config.relative_max_distance)
-        bias_HNN = self.table(bucket_NN).permute(2, 0, 1)
+        bias_BHNN = self.table(bucket_NN).permute(2, 0, 1).unsqueeze(0).repeat(len(x_BND), 1, 1, 1)
         for layer in self.layers:
-            x_BND = layer(x_BND, bias_HNN)
+            x_BND = layer(x_BND, bias_BHNN)
         return x_BND
 
 

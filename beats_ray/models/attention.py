@@ -151,7 +151,7 @@ class GatedSelfAttention(nn.Module):
             )
         attend = _ATTEND[backend]
         inputs = (q_BHNK, k_BHNK, v_BHNK, gate_BHN1, bias_BHNN, is_pad_BN, dropout)
-        if recompute and torch.is_grad_enabled() and backend != "clipwise":
+        if recompute and torch.is_grad_enabled() and backend not in ("clipwise", "flex"):  # which keep nothing large
             out_BHNK = checkpoint(attend, inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
             out_BHNK = attend(inputs)
@@ -248,7 +248,7 @@ class _Clipwise(torch.autograd.Function):
         q_BHNK, k_BHNK, *_ = inputs
         assert q_BHNK is not None and k_BHNK is not None  # noqa: PT018
         out_BHNK = _like(q_BHNK)
-        weights_HNN = torch.empty(q_BHNK.shape[1:3] + k_BHNK.shape[2:3])
+        weights_HNN = _weights_of_a_clip(q_BHNK, k_BHNK)
         for clip in range(len(q_BHNK)):
             _weigh(inputs, clip, weights_HNN)
             out_BHNK[clip] = torch.bmm(weights_HNN, v_BHNK[clip].float())
@@ -258,28 +258,42 @@ class _Clipwise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BHNK: Tensor) -> tuple[Tensor | None, ...]:
-        v_BHNK, out_BHNK, *inputs = ctx.saved_tensors
-        q_BHNK, k_BHNK, gate_BHN1, bias_BHNN, _ = inputs
-        scale = q_BHNK.shape[-1] ** -0.5
-        dv_BHNK, dq_BHNK, dk_BHNK = _like(v_BHNK), _like(q_BHNK), _like(k_BHNK)
-        dgate_BHN1 = None if gate_BHN1 is None else torch.empty_like(gate_BHN1)
-        dbias_BHNN = torch.zeros_like(bias_BHNN) if ctx.needs_input_grad[4] else None
-        weights_HNN = torch.empty(q_BHNK.shape[1:3] + k_BHNK.shape[2:3])
-        dscore_HNN = torch.empty_like(weights_HNN)
-        for clip in range(len(q_BHNK)):
-            bias_HNN = _weigh(inputs, clip, weights_HNN)
-            grad_HNK = grad_BHNK[clip].float()
-            dv_BHNK[clip] = torch.bmm(weights_HNN.transpose(1, 2), grad_HNK)
-            torch.bmm(grad_HNK, v_BHNK[clip].float().transpose(1, 2), out=dscore_HNN)
-            dscore_HNN.sub_((grad_HNK * out_BHNK[clip]).sum(-1, keepdim=True)).mul_(weights_HNN)
-            dq_BHNK[clip] = torch.bmm(dscore_HNN, k_BHNK[clip].float()).mul_(scale)
-            dk_BHNK[clip] = torch.bmm(dscore_HNN.transpose(1, 2), q_BHNK[clip].float()).mul_(scale)
-            if dgate_BHN1 is not None:
-                dgate_BHN1[clip] = torch.mul(dscore_HNN, bias_HNN, out=weights_HNN).sum(-1, keepdim=True)
-                dscore_HNN.mul_(gate_BHN1[clip])
-            if dbias_BHNN is not None:
-                dbias_BHNN[clip if len(bias_BHNN) > 1 else 0] += dscore_HNN
-        return dv_BHNK, dq_BHNK, dk_BHNK, dgate_BHN1, dbias_BHNN, None
+        with torch.autocast("cpu", enabled=False):
+            return _clipwise_gradients(ctx.saved_tensors, grad_BHNK, needs_bias=ctx.needs_input_grad[4])
+
+
+def _clipwise_gradients(saved: Any, grad_BHNK: Tensor, needs_bias: bool) -> tuple[Tensor | None, ...]:
+    v_BHNK, out_BHNK, *inputs = saved
+    q_BHNK, k_BHNK, gate_BHN1, bias_BHNN, _ = inputs
+    scale = q_BHNK.shape[-1] ** -0.5
+    dv_BHNK, dq_BHNK, dk_BHNK = _like(v_BHNK), _like(q_BHNK), _like(k_BHNK)
+    dgate_BHN1 = None if gate_BHN1 is None else torch.empty_like(gate_BHN1)
+    dbias_BHNN = torch.zeros_like(bias_BHNN, dtype=torch.float32) if needs_bias else None
+    weights_HNN = _weights_of_a_clip(q_BHNK, k_BHNK)
+    dscore_HNN = torch.empty_like(weights_HNN)
+    for clip in range(len(q_BHNK)):
+        bias_HNN = _weigh(inputs, clip, weights_HNN)
+        grad_HNK = grad_BHNK[clip].float()
+        dv_BHNK[clip] = torch.bmm(weights_HNN.transpose(1, 2), grad_HNK)
+        torch.bmm(grad_HNK, v_BHNK[clip].float().transpose(1, 2), out=dscore_HNN)
+        if out_BHNK.dtype == torch.float32:
+            mean_HN1 = (grad_HNK * out_BHNK[clip]).sum(-1, keepdim=True)
+        else:  # a rounded output is not what the weights give
+            mean_HN1 = (dscore_HNN * weights_HNN).sum(-1, keepdim=True)
+        dscore_HNN.sub_(mean_HN1).mul_(weights_HNN)
+        dq_BHNK[clip] = torch.bmm(dscore_HNN, k_BHNK[clip].float()).mul_(scale)
+        dk_BHNK[clip] = torch.bmm(dscore_HNN.transpose(1, 2), q_BHNK[clip].float()).mul_(scale)
+        if dgate_BHN1 is not None:
+            dgate_BHN1[clip] = torch.mul(dscore_HNN, bias_HNN, out=weights_HNN).sum(-1, keepdim=True)
+            dscore_HNN.mul_(gate_BHN1[clip])
+        if dbias_BHNN is not None:
+            dbias_BHNN[clip if len(bias_BHNN) > 1 else 0] += dscore_HNN
+    bias_grad = None if dbias_BHNN is None else dbias_BHNN.to(bias_BHNN.dtype)
+    return dv_BHNK, dq_BHNK, dk_BHNK, dgate_BHN1, bias_grad, None
+
+
+def _weights_of_a_clip(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
+    return q_BHNK.new_empty(q_BHNK.shape[1:3] + k_BHNK.shape[2:3], dtype=torch.float32)
 
 
 def _weigh(inputs: Any, clip: int, weights_HNN: Tensor) -> Tensor:

@@ -119,13 +119,15 @@ class DistillTask:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._seen.fbank_mean, self._seen.fbank_std)
         teacher = self._teacher.to(fbank_BTF.device)
-        if isinstance(teacher, AudioClassifier):
-            classified = teacher.classify(fbank_BTF, num_frames_B)
-            target_BND, is_pad_BN = classified.patch_logits_BNC, classified.is_pad_BN
-        else:
-            encoded = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
-            target_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
-        return Prepared((fbank_BTF, num_frames_B, target_BND), (~is_pad_BN).sum())
+        is_half = self._settings.train.precision != "fp32"  # the teacher's weights stay as they are, in fp32
+        with torch.autocast(fbank_BTF.device.type, torch.bfloat16, enabled=is_half):
+            if isinstance(teacher, AudioClassifier):
+                classified = teacher.classify(fbank_BTF, num_frames_B)
+                target_BND, is_pad_BN = classified.patch_logits_BNC, classified.is_pad_BN
+            else:
+                encoded = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
+                target_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
+        return Prepared((fbank_BTF, num_frames_B, target_BND.float()), (~is_pad_BN).sum())
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "model.tokenizer."

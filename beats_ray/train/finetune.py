@@ -63,7 +63,7 @@ class FinetuneModule(nn.Module):
             loss = F.cross_entropy(logits_BC, targets_BC, reduction="sum", label_smoothing=smoothing)
         with torch.no_grad():
             correct = targets_BC.gather(1, logits_BC.argmax(1, keepdim=True)).round().sum()
-            count = torch.tensor(float(len(logits_BC)), device=logits_BC.device)
+            count = logits_BC.new_full((), len(logits_BC))  # filled on the device: the host does not wait
         sums: MetricSums = {"train/accuracy": (correct, count)}
         if self.classifier.config.multi_label and not self.training:
             sums["train/mean_average_precision"] = RankedScores(logits_BC, targets_BC)
@@ -141,7 +141,7 @@ class FinetuneTask:
                 (augment.num_freq_masks, augment.freq_mask_bins),
                 generator,
             )
-        clips = torch.tensor(len(wave_BS), device=wave_BS.device)
+        clips = torch.full((), len(wave_BS), device=wave_BS.device)
         return Prepared((fbank_BTF, num_frames_B, targets_BC), clips)
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:

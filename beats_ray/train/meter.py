@@ -33,7 +33,7 @@ class Meter:
         if batch.decode_seconds:  # of clips that were streamed
             device, clips = self._context.device, float(len(batch.clip_ids))
             for name, seconds in (("read", batch.read_seconds), ("decode", batch.decode_seconds)):
-                pair = torch.tensor([seconds, clips], dtype=torch.double, device=device).unbind()
+                pair = [torch.full((), value, dtype=torch.double, device=device) for value in (seconds, clips)]
                 self._means.add({f"data/{name}_seconds_per_clip": (pair[0], pair[1])})
 
     def add(self, sums: MetricSums) -> None:

@@ -161,6 +161,7 @@ def test_attention_backends_and_recomputation_agree_in_output_and_gradient(
         ("sdpa", False, True),
         ("matmul", True, False),
         ("clipwise", False, True),
+        ("clipwise", True, True),
     ):
         encoder.use(attention_backend=backend, checkpoint_layers=layers)  # type: ignore[arg-type]
         encoder.encoder.recompute = attention
