@@ -207,11 +207,11 @@ def test_a_trial_whose_process_is_killed_too_often_fails_and_the_others_go_on(wo
     ]  # fmt: skip
 
 
-def test_a_clip_that_cannot_be_decoded_is_left_out_of_every_trial(work: Path) -> None:
-    write_tones(work / "bad", clips=30, bad=("3-4",))
-    settings = {"search": "grid", "scheduler": "none", "space": SPACE}
-    board = sweep(work, "left-out", f"data.path={work / 'bad'}", "data.max_bad_clip_fraction=0.05", sweep=settings)
-    assert [(row["status"], row["steps"]) for row in board["trials"]] == [("complete", 32)] * 2
+def test_a_clip_that_cannot_be_decoded_is_named_before_a_trial_starts(work: Path) -> None:
+    write_tones(work / "bad", clips=6, bad=("3-4",))
+    with pytest.raises(UserError, match=r"clip '3-4': its audio in the shard does not decode; prepare the data set"):
+        sweep(work, "undecodable", f"data.path={work / 'bad'}", sweep={"num_trials": 2})
+    assert not list((work / "undecodable").glob("trials/*"))
 
 
 def test_a_sweep_whose_budget_is_used_up_goes_on_with_a_larger_one(work: Path) -> None:
