@@ -46,6 +46,8 @@ _STARTS_FROM: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 PLACES = ("tokenizer", "labels", "initial", "teacher", "encoder")
 """Fields that name a folder, in one config or another."""
+COMPILED_LENGTHS = 8
+"""Different shapes for which PyTorch compiles one function, by default."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     attempt(lambda: _check_streams(config.train, config.data), mistakes)
     attempt(lambda: _check_precision(config.train), mistakes)
+    attempt(lambda: _check_compiled_lengths(config.train, config.data), mistakes)
     manifest = inputs.manifest
     if isinstance(config, PretrainConfig) and inputs.published is not None:
         tokenizer = inputs.published
@@ -139,6 +142,19 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
 def _check_precision(train: TrainSettings) -> None:
     if train.precision == "fp16" and not train.use_gpu:
         raise ConfigError("train.precision=fp16 needs train.use_gpu=true; use bf16 or fp32 on the CPU")
+
+
+def _check_compiled_lengths(train: TrainSettings, data: StreamSettings) -> None:
+    """ConfigError where clips come in more lengths than are compiled; the others would run uncompiled, in silence."""
+    if not train.compile or not data.length_bucket_seconds:
+        return
+    lengths = math.ceil(data.clip_seconds / data.length_bucket_seconds)
+    if lengths > COMPILED_LENGTHS:
+        raise ConfigError(
+            f"data.length_bucket_seconds={data.length_bucket_seconds:g}: clips of {lengths} lengths, and train.compile="
+            f"true compiles {COMPILED_LENGTHS} at most; use {data.clip_seconds / COMPILED_LENGTHS:g} or more, or "
+            "train.compile=false"
+        )
 
 
 def _check_streams(train: TrainSettings, data: StreamSettings) -> None:
