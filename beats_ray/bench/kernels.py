@@ -2,8 +2,8 @@
 
     shares(spans)        # {"GEMM": 0.61, "attention": 0.18, ..., "gaps": 0.02}
 
-Names tell most kernels. The filterbank and the optimizer are made of kernels that others use too, so these count by the
-annotation that they ran under. Pure functions of names and times.
+Names tell most kernels. Filterbank, optimizer and position convolution are made of kernels that others use too, so
+these count by the annotation that they ran under. Pure functions of names and times.
 """
 
 import re
@@ -11,20 +11,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from beats_ray.models.spectral import POSITION_CONVOLUTION
+
 Kind = Literal["attention", "GEMM", "convolution", "filterbank", "optimizer", "copies", "other"]
 
 FILTERBANK = "beats_ray: filterbank"
 OPTIMIZER = "beats_ray: optimizer"
 KINDS: tuple[Kind, ...] = ("attention", "GEMM", "convolution", "filterbank", "optimizer", "copies", "other")
 
-_ANNOTATED: dict[str, Kind] = {FILTERBANK: "filterbank", OPTIMIZER: "optimizer"}
+ANNOTATED: dict[str, Kind] = {
+    FILTERBANK: "filterbank", OPTIMIZER: "optimizer", POSITION_CONVOLUTION: "convolution",
+}  # fmt: skip
+"""What the product's own code marks, by the mark."""
 # The first match counts. CUDA kernels by the names that CUPTI gives, operators of a CPU by PyTorch's.
 _NAMES: tuple[tuple[Kind, str], ...] = (
     # FlashAttention, memory-efficient and cuDNN attention; FlexAttention's template, the only one of Inductor's that is
     # used without autotuning. On a CPU it is spelled out, and nothing else of our models has these two operators.
     (
         "attention",
-        r"flash|fmha|_sdpa_|scaled_dot_product|flex_attention|triton_tem_|aten::(bmm|_softmax(_backward_data)?)$",
+        r"flash|fmha|_sdpa_|scaled_dot_product|flex_attention|triton_tem_|aten::(bmm|baddbmm_?|_softmax(_backward_data)?)$",
     ),
     ("optimizer", r"multi_tensor_apply|FusedAdam"),
     # cuDNN's and cuBLAS's kernels share words (implicit GEMM is a convolution), so this stands before GEMM.
@@ -54,8 +59,8 @@ class Span:
 def kind_of(name: str, under: Iterable[str] = ()) -> Kind:
     """What a kernel does, by the annotations that it ran under, else by its name."""
     for annotation in under:
-        if annotation in _ANNOTATED:
-            return _ANNOTATED[annotation]
+        if annotation in ANNOTATED:
+            return ANNOTATED[annotation]
     return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")
 
 

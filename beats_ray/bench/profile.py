@@ -17,7 +17,7 @@ from typing import Any
 
 from beats_ray.bench.cases import Step, engine_step, int16_batch
 from beats_ray.bench.costs import CODES, pretrain_settings
-from beats_ray.bench.kernels import FILTERBANK, OPTIMIZER, Kernel, Span, shares, top_kernels, window_us
+from beats_ray.bench.kernels import ANNOTATED, FILTERBANK, Kernel, Span, shares, top_kernels, window_us
 from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.config import BenchConfig
 from beats_ray.console import Console
@@ -184,4 +184,4 @@ def host_spans(events: Any) -> list[Span]:
 
 def _is_annotation(event: Any) -> bool:
     # Those of PyTorch itself (`Optimizer.step#AdamW.step`, `ProfilerStep#1`) too.
-    return bool(event.is_user_annotation) or event.name in (FILTERBANK, OPTIMIZER)
+    return bool(event.is_user_annotation) or event.name in ANNOTATED

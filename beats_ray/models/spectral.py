@@ -3,6 +3,8 @@
 The convolution itself is in `transformer.py`.
 """
 
+POSITION_CONVOLUTION = "beats_ray: position convolution"
+"""What profiles call it."""
 SPECTRAL_CLIPS = 4
 """The convolution of so many clips or more goes by its spectrum; of fewer, the kernel's own transform is dearer."""
 MULTIPLE = 64

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
-from beats_ray.models.spectral import SPECTRAL_CLIPS, transform_length
+from beats_ray.models.spectral import POSITION_CONVOLUTION, SPECTRAL_CLIPS, transform_length
 
 
 class TransformerLayer(nn.Module):
@@ -216,24 +216,31 @@ class _SpectralConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, weight_DCK: Tensor, groups: int) -> Tensor:
         """Returns (B, N, D); weight_DCK has C channels in a group and K taps, that of the place itself at K // 2."""
-        patches, before = x_BND.shape[1], weight_DCK.shape[2] // 2
-        length = transform_length(patches, weight_DCK.shape[2])
-        x_FGBC = _spectrum(F.pad(x_BND, (0, 0, before, 0)), length, groups)
-        ctx.save_for_backward(x_FGBC, weight_DCK)
-        ctx.length, ctx.patches, ctx.groups, ctx.dtype = length, patches, groups, x_BND.dtype
-        weight_FGOC = _kernel_spectrum(weight_DCK, length, groups)
-        return _sequence(x_FGBC @ weight_FGOC.mH, length)[:, :patches].to(x_BND.dtype)
+        with _annotated():
+            patches, before = x_BND.shape[1], weight_DCK.shape[2] // 2
+            length = transform_length(patches, weight_DCK.shape[2])
+            x_FGBC = _spectrum(F.pad(x_BND, (0, 0, before, 0)), length, groups)
+            ctx.save_for_backward(x_FGBC, weight_DCK)
+            ctx.length, ctx.patches, ctx.groups, ctx.dtype = length, patches, groups, x_BND.dtype
+            weight_FGOC = _kernel_spectrum(weight_DCK, length, groups)
+            return _sequence(x_FGBC @ weight_FGOC.mH, length)[:, :patches].to(x_BND.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_FGBC, weight_DCK = ctx.saved_tensors
-        taps, length = weight_DCK.shape[2], ctx.length
-        grad_FGBO = _spectrum(grad_BND, length, ctx.groups)
-        weight_FGOC = _kernel_spectrum(weight_DCK, length, ctx.groups)
-        x_grad = _sequence(grad_FGBO @ weight_FGOC, length)[:, taps // 2 : taps // 2 + ctx.patches]
-        kernel_grad_FGOC = grad_FGBO.mH @ x_FGBC
-        weight_grad = torch.fft.irfft(kernel_grad_FGOC.permute(1, 2, 3, 0), n=length)[..., :taps].flatten(0, 1)
-        return x_grad.to(ctx.dtype), weight_grad.to(weight_DCK.dtype), None
+        with _annotated():
+            x_FGBC, weight_DCK = ctx.saved_tensors
+            taps, length = weight_DCK.shape[2], ctx.length
+            grad_FGBO = _spectrum(grad_BND, length, ctx.groups)
+            weight_FGOC = _kernel_spectrum(weight_DCK, length, ctx.groups)
+            x_grad = _sequence(grad_FGBO @ weight_FGOC, length)[:, taps // 2 : taps // 2 + ctx.patches]
+            kernel_grad_FGOC = grad_FGBO.mH @ x_FGBC
+            weight_grad = torch.fft.irfft(kernel_grad_FGOC.permute(1, 2, 3, 0), n=length)[..., :taps].flatten(0, 1)
+            return x_grad.to(ctx.dtype), weight_grad.to(weight_DCK.dtype), None
+
+
+def _annotated() -> AbstractContextManager[object]:
+    """For profiles: a product of spectra looks like any other."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.profiler.record_function(POSITION_CONVOLUTION)
 
 
 def _spectrum(x_BND: Tensor, length: int, groups: int) -> Tensor:

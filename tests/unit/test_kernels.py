@@ -9,6 +9,7 @@ from torch.autograd import DeviceType
 from beats_ray.bench.kernels import FILTERBANK, OPTIMIZER, Kind, Span, covered_us, kind_of, shares, top_kernels
 from beats_ray.bench.profile import device_spans, host_spans, profile_step
 from beats_ray.config import BenchConfig
+from beats_ray.models.spectral import POSITION_CONVOLUTION, SPECTRAL_CLIPS
 
 pytestmark = pytest.mark.unit
 
@@ -126,9 +127,20 @@ def test_host_operators_count_their_own_time_under_whoever_called_them() -> None
     ]
 
 
+def test_what_runs_under_an_annotation_is_what_that_says() -> None:
+    for annotation, kind in {
+        FILTERBANK: "filterbank",
+        OPTIMIZER: "optimizer",
+        POSITION_CONVOLUTION: "convolution",
+    }.items():
+        assert kind_of("aten::bmm", ("somebody's own", annotation)) == kind
+    assert kind_of("aten::bmm", ("somebody's own",)) == "attention"
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_real_step_has_every_kind_of_kernel() -> None:
-    config = BenchConfig(name="profile", preset="tiny", clips=1, seconds=1.0, repetitions=2, warmup=1, threads=1)
+@pytest.mark.parametrize("clips", [1, SPECTRAL_CLIPS], ids=["convolution by taps", "by its spectrum"])
+def test_a_real_step_has_every_kind_of_kernel(clips: int) -> None:
+    config = BenchConfig(name="profile", preset="tiny", clips=clips, seconds=1.0, repetitions=2, warmup=1, threads=1)
     profile = profile_step(config)
     assert sum(profile.shares.values()) == pytest.approx(1.0)
     assert all(profile.shares[kind] > 0.0 for kind in ("attention", "GEMM", "convolution", "filterbank", "optimizer"))
