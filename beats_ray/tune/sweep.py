@@ -257,8 +257,8 @@ def _publish(config: SweepConfig, output: Place, board: Mapping[str, Any]) -> No
 
     UserError where the budget was used up before any trial ran to its end, RuntimeError where all failed.
     """
-    best, used_up = board["best"], board["budget"]["used_up"]
-    if best is None and used_up is not None:
+    best, rows, used_up = board["best"], board["trials"], board["budget"]["used_up"]
+    if best is None and used_up and (not rows or any(row["stopped_by"] == "budget" for row in rows)):
         raise UserError(
             f"{used_up}={getattr(config.sweep, used_up.removeprefix('sweep.')):g}: used up before any trial of "
             f"{output.uri} ran to its end; raise it, and the same command goes on"
