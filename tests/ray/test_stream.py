@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.tones import write_tones
 
 from beats_ray.config import StreamSettings, UserError
 from beats_ray.data.batches import MicroBatch, iterate_eval_batches, iterate_micro_batches
@@ -31,6 +32,7 @@ from beats_ray.data.stream import (
     rounds_of_a_block,
     share_cpus,
 )
+from beats_ray.errors import find_user_error
 from beats_ray.objectstore import EmbeddedObjectStore
 
 CLIP_SECONDS = 0.8
@@ -638,6 +640,28 @@ def test_a_cache_that_would_not_fit_or_lacks_the_fold_says_so(cluster: EmbeddedO
     cache = materialize_clips(dataset, manifest, SETTINGS.model_copy(update={"folds": (1,)}))
     with pytest.raises(UserError, match=r"data.folds=\[1\].*: the cached clips lack row group 1 of 00000.parquet"):
         next(cache.eval_batches(part=ClipPart(folds=(2,)), micro_batch_size=4))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("read", ["cached", "streamed"])
+def test_of_a_clip_that_a_task_cannot_decode_its_name_is_left(
+    cluster: EmbeddedObjectStore, tmp_path: Path, read: str
+) -> None:
+    from beats_ray.data.cache import materialize_clips
+
+    dataset, manifest = write_tones(tmp_path, clips=3, bad=("3-1",))
+
+    def read_all() -> None:
+        if read == "cached":
+            materialize_clips(dataset, manifest, SETTINGS)
+        else:
+            list(build_eval_stream(dataset, manifest, SETTINGS, 3).iter_batches())
+
+    with pytest.raises(Exception, match="3-1") as caught:  # Ray Data's own, which keeps no more than the trace
+        read_all()
+    mistake = find_user_error(caught.value)
+    assert str(mistake) == "clip '3-1': its audio in the shard does not decode; prepare the data set again"
+    assert isinstance(mistake, UserError)
 
 
 @pytest.mark.ray

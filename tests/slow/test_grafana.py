@@ -81,7 +81,7 @@ def test_every_query_of_the_dashboards_and_every_rule_gets_a_series_from_real_ru
                 misspelt = server.values("max(ray_beats_ray_trian_loss)")
                 assert not misspelt, "a query that nobody serves would pass too"
             board = json.loads((tmp_path / "run" / "sweep" / "leaderboard.json").read_text())
-            trials = {f"sweep/trials/{row['trial_id']}": row for row in board["trials"]}
+            trials = {row["trial_id"]: row for row in board["trials"]}
             rows = hparam_rows(tmp_path / "run")
             assert rows.keys() == {*trials, f"{tmp_path.name}/run/pretrain"}, "as many as there are runs"
             for name, row in trials.items():

@@ -195,7 +195,7 @@ def test_every_stage_that_computes_is_there_with_its_own_workers() -> None:
 def test_a_plan_says_what_holds_its_stages_up_once() -> None:
     config = config_of("cluster.hourly_preemption=0.05", "pretrain.train.checkpoint_every_steps=100000")
     lines = remarks(list(estimates_of(config).values()), config)
-    (held,) = [line for line in lines if line.startswith("pretrain: coordinator gives 16%")]
+    (held,) = [line for line in lines if line.startswith("pretrain: coordinator gives 32%")]
     assert held.endswith("in blocks of 35 clips; raise pretrain.train.micro_batch_size")
     assert any("pretrain.train.checkpoint_every_steps=100000; by Daly's formula" in line for line in lines)
     fed = config_of(*FED)
@@ -277,7 +277,7 @@ def test_the_command_prints_hours_needs_and_cost(capsys: pytest.CaptureFixture[s
     assert (status, mistakes) == (0, [])
     assert "Plan for 1,000.0 h of sound, 360,000 clips" in out
     assert "prices as of 2026-11-24" in out
-    assert "coordinator gives 16%" in out
+    assert "coordinator gives 32%" in out
     assert "left out: tasks audioset-2m, audioset-20k, esc50" in out
 
 
