@@ -122,3 +122,41 @@ def test_nodes_of_two_types_come_for_a_sweep_one_is_lost_and_all_go(
     cluster.wait_for(lambda: not any(node_processes(node) for node in started), WAIT_SECONDS)
     for event in events:
         say(f"{event['node']}: {event['event']} at {event['at'] - begun:.0f} s")
+
+
+READS_ON_A_DATA_NODE = """
+import sys
+
+import ray
+
+from beats_ray.config import RaySettings, StreamSettings
+from beats_ray.data.manifest import read_manifest
+from beats_ray.data.storage import open_place
+from beats_ray.data.stream import build_eval_stream, start_bookkeepers
+from beats_ray.launch import ray_cluster
+
+
+@ray.remote(num_cpus=1, label_selector={"beats-ray/role": "data"})
+def read(path):
+    settings = StreamSettings(clip_seconds=1, placement="data-nodes", read_tasks=1, decode_cpus=0.5)
+    stream = build_eval_stream(open_place(path), read_manifest(open_place(path)), settings, 4)
+    return sum(len(batch["position"]) for batch in stream.iter_batches())
+
+
+with ray_cluster(RaySettings()):
+    if "bookkeepers" in sys.argv:
+        start_bookkeepers()
+    print("clips read:", ray.get(read.remote(sys.argv[1])))
+"""
+
+
+def test_a_data_node_goes_though_a_stream_was_started_on_it(cluster: ScalingCluster, tmp_path: Path) -> None:
+    """As the streams of trials are, whose processes Tune puts anywhere; see `start_bookkeepers`."""
+    write_tones(tmp_path / "data", clips=9)
+    command = [sys.executable, "-c", READS_ON_A_DATA_NODE, str(tmp_path / "data"), "bookkeepers"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=cluster.environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert "clips read: 27" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+    assert cluster.nodes("data")
+    cluster.wait_for(lambda: not cluster.nodes("data"), 10 * IDLE_SECONDS)
