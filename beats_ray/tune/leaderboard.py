@@ -44,7 +44,7 @@ from beats_ray.tune.trial import (
     JUDGED_FILE,
     SETTING,
     drawn_settings,
-    run_place,
+    run_places,
     trial_config,
     trial_place,
 )
@@ -197,8 +197,8 @@ def _pareto(finished: Sequence[Mapping[str, Any]], objectives: Mapping[str, str]
 def _judged(config: SweepConfig, finished: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for row in finished:
-        runs = [run_place(config, row["trial_id"], repeat) for repeat in range(config.sweep.repeats)]
-        found[row["trial_id"]] = [one for one in map(_read_judged, runs) if one is not None]
+        runs = map(_read_judged, run_places(config, row["trial_id"]))
+        found[row["trial_id"]] = [one for one in runs if one is not None]
     return found
 
 

@@ -18,7 +18,7 @@ from beats_ray.train.faults import STOP_REQUEST
 from beats_ray.train.leftovers import is_released, wait_until_released
 from beats_ray.tune.budget import Budget, BudgetUsedUp
 from beats_ray.tune.leaderboard import Outcome, leaderboard, write_board
-from beats_ray.tune.trial import run_place
+from beats_ray.tune.trial import run_places
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,11 @@ class LiveBoard(Callback):
 
     def checkpoint_running(self) -> None:
         """Asks the trials that run for a checkpoint, and waits for it a while."""
-        config = self._config
         running = [
-            run_place(config, trial.trial_id, repeat)
+            place
             for trial in self._trials
             if trial.status == "RUNNING"
-            for repeat in range(config.sweep.repeats)
+            for place in run_places(self._config, trial.trial_id)
         ]
         with suppress(StorageError):  # they lose what they did since their last one
             running = [place for place in running if place.exists() and not is_complete(place)]
@@ -158,7 +157,7 @@ class ReleaseWorkers(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         del iteration, trials
-        self._left.update(self._runs_of(trial))
+        self._left.update(run_places(self._config, trial.trial_id))
 
     on_trial_error = on_trial_complete
 
@@ -171,7 +170,7 @@ class ReleaseWorkers(Callback):
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
         """Of all trials: those too that the end of the sweep has ended."""
-        for place in [place for trial in trials for place in self._runs_of(trial)]:
+        for place in [place for trial in trials for place in run_places(self._config, trial.trial_id)]:
             try:
                 wait_until_released(place)
             except (TimeoutError, StorageError) as error:  # the sweep has its result
@@ -180,10 +179,6 @@ class ReleaseWorkers(Callback):
     def get_state(self) -> dict[str, Any] | None:
         """Nothing that a sweep which goes on would need: a trial waits for what it had itself."""
         return None
-
-    def _runs_of(self, trial: Any) -> list[Place]:
-        repeats = range(self._config.sweep.repeats)
-        return [run_place(self._config, trial.trial_id, repeat) for repeat in repeats]
 
 
 def _has_begun(trial: Any) -> bool:

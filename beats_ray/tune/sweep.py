@@ -33,7 +33,7 @@ from beats_ray.train.jobs import Written, load_cache
 from beats_ray.tune.leaderboard import LEADERBOARD_FILE, objectives_of
 from beats_ray.tune.placement import TrialNeeds, cluster_trials, trial_needs
 from beats_ray.tune.space import check_space
-from beats_ray.tune.trial import Trials, check_trials, run_place, run_trial, trial_config, validations_of
+from beats_ray.tune.trial import Trials, check_trials, run_place, run_places, run_trial, trial_config, validations_of
 from beats_ray.tune.warm_start import read_known
 
 NAME = "trials"
@@ -264,16 +264,14 @@ def _publish(config: SweepConfig, output: Place, board: Mapping[str, Any]) -> No
             f"{output.uri} ran to its end; raise it, and the same command goes on"
         )
     if best is None:
-        failures = [
-            f"{row['failure']['kind']}: {row['failure']['reason']}" for row in board["trials"] if row["failure"]
-        ]
+        failures = [f"{row['failure']['kind']}: {row['failure']['reason']}" for row in rows if row["failure"]]
         why = sorted(set(failures)) or ["all were stopped"]
         raise RuntimeError(f"no trial of {output.uri} ran to the end: {'; '.join(why)}")
     (run_place(config, best["trial_id"]) / "model").copy_to(output / "model")
-    for row in board["trials"]:
+    for row in rows:
         if row["trial_id"] != best["trial_id"] and row["stopped_by"] != "budget":
-            for repeat in range(config.sweep.repeats):
-                (run_place(config, row["trial_id"], repeat) / "checkpoints").delete()
+            for place in run_places(config, row["trial_id"]):
+                (place / "checkpoints").delete()
 
 
 def _end_well(board: Any, console: Console) -> None:

@@ -69,6 +69,11 @@ def run_place(config: SweepConfig, trial_id: str, repeat: int = 0) -> Place:
     return place / f"repeat-{repeat}" if config.sweep.repeats > 1 else place
 
 
+def run_places(config: SweepConfig, trial_id: str) -> list[Place]:
+    """Where its runs write, those too that have not begun."""
+    return [run_place(config, trial_id, repeat) for repeat in range(config.sweep.repeats)]
+
+
 def trial_config(
     config: SweepConfig,
     trial_id: str,
