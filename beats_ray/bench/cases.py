@@ -61,6 +61,10 @@ class Case:
     """Whether it computes in fp32 whatever the precision of the run."""
     workers: int = 1
     """Training processes, each of which needs a GPU of its own on CUDA."""
+    as_worker: bool = False
+    """Whether its process allocates memory as our workers do, for what they would compute."""
+    cpu_only: bool = False
+    """Whether on CUDA there is nothing to it."""
 
     def available(self) -> bool:
         """Whether the package that the case needs is installed."""
@@ -256,7 +260,7 @@ def _cost(key: str, **options: Any) -> Callable[[BenchConfig], Cost]:
 
 def _with_cost(name: str, key: str) -> Case:
     """A case of `ceiling_cases`, which has its cost too."""
-    return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key))
+    return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key), as_worker=True)
 
 
 def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
@@ -288,7 +292,10 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _with_cost("tokenizer training step", "tokenizer_step"),
         _with_cost("fine-tuning step, 527 classes", "finetuning_step"),
     ),
-    "fbank": (Case("beats_ray, one batch", _batched_fbank), Case("torchaudio, clip by clip", _kaldi_fbank)),
+    "fbank": (
+        Case("beats_ray, one batch", _batched_fbank, as_worker=True),
+        Case("torchaudio, clip by clip", _kaldi_fbank),
+    ),
     "checkpoint": (
         Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases")),
         Case("a checkpoint every 10, beside training", _lazily("beside_training", "checkpoint_cases")),
@@ -301,11 +308,22 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         Case("webdataset", _lazily("webdataset_loader"), package="webdataset"),
     ),
     "encoder": (
-        Case("beats_ray", _our_encoder, cost=_ENCODER),
-        Case("beats_ray, attention and GELU kept", partial(_our_encoder, keeps=True), cost=_ENCODER),
-        Case("beats_ray, convolution tap by tap", partial(_our_encoder, tap_by_tap=True), cost=_ENCODER),
+        Case("beats_ray", _our_encoder, cost=_ENCODER, as_worker=True),
+        Case("beats_ray, attention and GELU kept", partial(_our_encoder, keeps=True), cost=_ENCODER, as_worker=True),
+        Case(
+            "beats_ray, convolution tap by tap", partial(_our_encoder, tap_by_tap=True), cost=_ENCODER, as_worker=True
+        ),
         Case("published formula", _formula_encoder, cost=_ENCODER),
         Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats", cost=_ENCODER),
+        Case("published formula, our allocator", _formula_encoder, cost=_ENCODER, as_worker=True, cpu_only=True),
+        Case(
+            "openbeats (ESPnet), our allocator",
+            _openbeats_encoder,
+            package="openbeats",
+            cost=_ENCODER,
+            as_worker=True,
+            cpu_only=True,
+        ),
     ),
     "end-to-end": (
         _pipeline("1 worker"),
@@ -315,27 +333,35 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _pipeline("1 worker, 100x the clips", times=100),
     ),
     "finetune": (
-        Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING),
+        Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING, as_worker=True),
         Case("published formula", _lazily("formula_step", "finetune_cases"), cost=_FINETUNING),
         Case("openbeats (ESPnet)", _lazily("openbeats_step", "finetune_cases"), package="openbeats", cost=_FINETUNING),
     ),
     "pretrain": (
-        Case("75 % masked, true positions", _masked_step("true"), cost=_cost("masked_encoder_step")),
+        Case("75 % masked, true positions", _masked_step("true"), cost=_cost("masked_encoder_step"), as_worker=True),
         Case(
             "75 % masked, compact positions",
             _masked_step("compact"),
             cost=_cost("masked_encoder_step", positions="compact"),
+            as_worker=True,
         ),
-        Case("nothing masked", _our_encoder, cost=_ENCODER),
+        Case("nothing masked", _our_encoder, cost=_ENCODER, as_worker=True),
         Case(
             "whole step of a worker, 75 % masked",  # predictor and optimizer too: set beside nothing
             _lazily("pretraining_step", "profile"),
             cost=_cost("pretraining_step"),
             beside="whole step of a worker, 75 % masked",
+            as_worker=True,
         ),
     ),
     "tokenize": (
-        Case("random projection", _lazily("random_projection", "tokenize_cases"), cost=_RANDOM_LABELS, in_fp32=True),
+        Case(
+            "random projection",
+            _lazily("random_projection", "tokenize_cases"),
+            cost=_RANDOM_LABELS,
+            in_fp32=True,
+            as_worker=True,
+        ),
         Case(
             "random projection, clip by clip",
             _lazily("random_projection_clip_by_clip", "tokenize_cases"),
@@ -348,6 +374,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
             cost=_DISTILLED_LABELS,
             beside="distilled",
             in_fp32=True,
+            as_worker=True,
         ),
         Case(
             "distilled, published formula",

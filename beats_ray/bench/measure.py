@@ -1,7 +1,8 @@
 """Measures the cases of a benchmark in turns, in processes of their own.
 
-On the CPU each case has one, so that its peak memory is its own. On CUDA those of a benchmark share one, which saves
-most of a short run: the device's memory is counted from where a case begins, and what was compiled is forgotten.
+On the CPU each case has one, so that its peak memory is its own; ours allocates as a worker does, what it is compared
+with as Python starts it, unless its name says otherwise. On CUDA those of a benchmark share one, which saves most of a
+short run: the device's memory is counted from where a case begins, and what was compiled is forgotten.
 """
 
 import gc
@@ -15,6 +16,7 @@ from beats_ray.bench.cases import BENCHES, Case, Cost, Observation, Step
 from beats_ray.bench.energy import energy_counter, joules_per_clip
 from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.config import BenchConfig, ConfigError
+from beats_ray.launch import allocator_environment
 
 MIB = 2**20
 CEILING_REPETITIONS = 5
@@ -77,13 +79,14 @@ def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
     ConfigError where a case is chosen that the benchmark has not.
     """
     cases, lacking = [], []
-    chosen = config.cases or tuple(case.name for case in BENCHES[config.name])
-    unknown = sorted(set(chosen) - {case.name for case in BENCHES[config.name]})
+    here = [case for case in BENCHES[config.name] if config.device == "cpu" or not case.cpu_only]
+    chosen = config.cases or tuple(case.name for case in here)
+    unknown = sorted(set(chosen) - {case.name for case in here})
     if unknown:
-        known = "; ".join(case.name for case in BENCHES[config.name])
+        known = "; ".join(case.name for case in here)
         raise ConfigError(f"cases={unknown}: bench {config.name} has no such case; choose among: {known}")
     gpus = _visible_gpus() if config.device == "cuda" else None
-    for case in (case for case in BENCHES[config.name] if case.name in chosen):
+    for case in (case for case in here if case.name in chosen):
         if not case.available():
             lacking.append(f"{case.name} (package {case.package} is not installed)")
         elif gpus is not None and case.workers > gpus:
@@ -152,8 +155,9 @@ def _merged(rounds: list[Measured]) -> Measured:
 def _in_a_process(cases: list[Case], config: BenchConfig, deadline: float | None) -> Iterator[Measured | Failed]:
     """The result of each of the cases, as soon as it is there."""
     waiting = [case.name for case in cases]
+    environment = allocator_environment() if config.device == "cpu" and all(case.as_worker for case in cases) else {}
     try:
-        for one in messages_from(_measure_all, (config, tuple(waiting)), deadline):
+        for one in messages_from(_measure_all, (config, tuple(waiting)), deadline, environment):
             waiting.remove(one.case)
             yield one
     except Lost as lost:  # after the last result it changes no figure

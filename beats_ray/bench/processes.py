@@ -1,9 +1,12 @@
 """Work in a process of its own, which sends what it finds as it finds it, and may be given a deadline."""
 
+import contextlib
 import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 STOP_SECONDS = 30.0
@@ -17,16 +20,21 @@ class Lost(Exception):  # no mistake of anybody's: what is left to be said of a 
 
 
 def messages_from(
-    work: Callable[..., None], arguments: tuple[Any, ...], deadline: float | None = None
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    deadline: float | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Any]:
     """Yields what `work(send, *arguments)` sends from a new process, until it returns.
 
     deadline: on the clock of `time.monotonic`; the process is ended there. Raises Lost then, and where it died.
+    environment: variables of the new process that are not set already.
     """
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_run, args=(sender, work, arguments))
-    process.start()
+    with _variables(environment):
+        process.start()
     sender.close()
     try:
         while True:
@@ -51,6 +59,18 @@ def messages_from(
                 ask()
         process.join()
         receiver.close()
+
+
+@contextlib.contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Within the block a process that is started has these variables too."""
+    added = {name: value for name, value in environment.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _run(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

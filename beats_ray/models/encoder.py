@@ -139,7 +139,7 @@ class BeatsEncoder(nn.Module):
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         bias = self.encoder.relative_bias(num_patches, position_BM)
-        layers = self.encoder.run_layers(x, bias, hidden, depth)
+        layers = self.encoder.run_layers(x, bias, hidden, depth, every_layer=return_layers)
         features = layers[-1]
         if self.config.pre_norm and depth == self.config.num_layers:
             features = self.encoder.layer_norm(features)

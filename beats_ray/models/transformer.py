@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
+from beats_ray.models.recompute import gelu_again, norm_again
 from beats_ray.models.spectral import POSITION_CONVOLUTION, SPECTRAL_CLIPS, transform_length
 
 
@@ -44,51 +45,41 @@ class TransformerLayer(nn.Module):
         backend: AttentionBackend = "auto",
         recompute: bool = False,
         first_query: int = 0,
+        norm_before: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """Returns the layer's output for the patches from `first_query` on; padding is never attended to."""
+        """Returns the layer's output for the patches from `first_query` on; padding is never attended to.
+
+        norm_before: the norm whose output x_BND is, if it is one's.
+        """
         residual = x_BND[:, first_query:]
-        options: Any = {"backend": backend, "recompute": recompute, "first_query": first_query}
         if self.pre_norm:
-            normed = self.self_attn_layer_norm(x_BND)
-            x_BND = residual + self._drop(self.self_attn(normed, bias_BHNN, is_pad_BN, **options))
-            return x_BND + self._feed_forward(self.final_layer_norm(x_BND), recompute)
-        attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
+            x_BND, norm_before = self.self_attn_layer_norm(x_BND), self.self_attn_layer_norm
+        # As attention clip by clip, norms again are for a CPU: reading and writing is what a GPU's time goes by.
+        norms_again = recompute and backend in ("auto", "clipwise") and x_BND.device.type == "cpu"
+        options: Any = {"backend": backend, "recompute": recompute, "first_query": first_query}
+        with norm_again(x_BND, norm_before if norms_again else None):
+            attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
+        if self.pre_norm:
+            x_BND = residual + attended
+            return x_BND + self._feed_forward(
+                self.final_layer_norm(x_BND), self.final_layer_norm, recompute, norms_again
+            )
         x_BND = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
-        out: Tensor = self.final_layer_norm(
-            torch.add(self._feed_forward(x_BND, recompute), x_BND, alpha=self.residual_scale)
-        )
+        fed = self._feed_forward(x_BND, self.self_attn_layer_norm, recompute, norms_again)
+        out: Tensor = self.final_layer_norm(torch.add(fed, x_BND, alpha=self.residual_scale))
         return out
 
-    def _feed_forward(self, x_BND: Tensor, recompute: bool) -> Tensor:
-        before = self.fc1(x_BND)
-        hidden = F.gelu(before)
-        keeping: AbstractContextManager[object] = nullcontext()
+    def _feed_forward(self, x_BND: Tensor, norm_before: nn.LayerNorm, recompute: bool, norms_again: bool) -> Tensor:
+        with norm_again(x_BND, norm_before if norms_again else None):
+            hidden = F.gelu(self.fc1(x_BND))
         if self.training and self.activation_dropout:
             hidden = F.dropout(hidden, self.activation_dropout)
-        elif recompute and not torch.compiler.is_compiling():  # the compiler decides by itself what it keeps
-            keeping = _gelu_not_kept(before, hidden)
-        with keeping:
+        with gelu_again(hidden) if recompute else nullcontext():
             out = self.fc2(hidden)
         return self._drop(out)
 
     def _drop(self, x_BND: Tensor) -> Tensor:
         return F.dropout(x_BND, self.dropout) if self.training and self.dropout else x_BND
-
-
-def _gelu_not_kept(before: Tensor, after: Tensor) -> AbstractContextManager[object]:
-    """Within the block `after` is not kept for the backward pass but computed again from `before`, which GELU keeps.
-
-    It is the largest that a layer would keep.
-    """
-    address = after.data_ptr()
-
-    def pack(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if kept.data_ptr() == address else kept
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else F.gelu(before.detach()).view(kept)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class TransformerStack(nn.Module):
@@ -101,7 +92,7 @@ class TransformerStack(nn.Module):
         self.checkpoint_layers = False
         """Whether the layers' activations are recomputed in the backward pass instead of kept."""
         self.recompute = True  # nothing of the size (B, H, N, N) is kept for the backward pass
-        """Whether attention weights, gated bias and GELU are recomputed in the backward pass instead of kept."""
+        """Whether attention weights, gated bias, GELU and, on a CPU, norms are recomputed in the backward pass."""
         sizes = (config.relative_buckets, config.num_heads, config.relative_max_distance)
         bias: nn.Module = RelativeBias(*sizes)
         if config.relative_bias_2d:
@@ -123,27 +114,31 @@ class TransformerStack(nn.Module):
         is_pad_BN: Tensor | None,
         num_layers: int | None = None,
         first_wanted: int = 0,
+        every_layer: bool = False,
     ) -> list[Tensor]:
-        """Returns the input and the output of each of the first `num_layers` layers.
+        """Returns the output of the last of the first `num_layers` layers alone, or the input and that of each layer.
 
         The last output has only the patches from `first_wanted` on, which saves work for the others.
         """
         outputs = [x_BND]
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         layers = list(self.layers)[:num_layers]
+        norm_before: Any = None
         for number, layer in enumerate(layers, start=1):
             first = first_wanted if number == len(layers) else 0
             options: Any = {"backend": self.attention_backend, "first_query": first}
             if checkpointed:
                 new_BND = checkpoint(layer, x_BND, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
             else:
-                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, recompute=self.recompute, **options)
+                options |= {"recompute": self.recompute, "norm_before": norm_before}
+                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, **options)
+            norm_before = layer.final_layer_norm
             if self.training and self.layer_drop:
                 # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
                 keep_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.layer_drop
                 new_BND = torch.where(keep_B11, new_BND, x_BND[:, first:])
             x_BND = new_BND
-            outputs.append(x_BND)
+            outputs = [*outputs, x_BND] if every_layer else [x_BND]
         return outputs
 
     def use(self, attention_backend: AttentionBackend | None = None, checkpoint_layers: bool | None = None) -> Self:
@@ -201,9 +196,21 @@ class PositionConv(nn.Module):
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
         if not torch.compiler.is_exporting() and len(x_BND) >= self.spectral_clips:
             return F.gelu(_SpectralConvolution.apply(x_BND, weight, self.groups) + self.bias)
-        out_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        convolve = self.convolve_on_cpu if x_BND.device.type == "cpu" else self.convolve
+        out_BDN = convolve(x_BND.transpose(1, 2), weight)
         # An even kernel yields one place too many: the last one goes, as in the release.
         return F.gelu(out_BDN[..., : x_BND.shape[1]]).transpose(1, 2)
+
+    def convolve(self, x_BDN: Tensor, weight_DCK: Tensor) -> Tensor:
+        """Returns the convolution, tap by tap, one place longer than the sequence where the kernel is even."""
+        return F.conv1d(x_BDN, weight_DCK, self.bias, padding=self.kernel // 2, groups=self.groups)
+
+    def convolve_on_cpu(self, x_BDN: Tensor, weight_DCK: Tensor) -> Tensor:
+        """The same in fp32: oneDNN's bf16 kernel for AMX sums wrongly in groups of 8 channels (PyTorch 2.11)."""
+        bias = self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            out_BDN = F.conv1d(x_BDN.float(), weight_DCK.float(), bias, padding=self.kernel // 2, groups=self.groups)
+        return out_BDN.to(x_BDN.dtype)
 
 
 class _SpectralConvolution(torch.autograd.Function):

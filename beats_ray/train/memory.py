@@ -161,13 +161,13 @@ def encoder_bytes(
 
 
 def _frozen_encoder(config: EncoderConfig, batch: _Batch, patches: int) -> Activations:
-    """The encoder without a gradient: layers come and go, but for their outputs, which it returns together."""
+    """The encoder without a gradient: layers come and go, beside the stack's input and the layer's."""
     normed = config.width * (config.width // config.conv_pos_groups) * config.conv_pos_kernel * batch.value_bytes
     shared = _bias(config, batch, patches, per_clip=False).kept_bytes + normed
-    outputs = config.num_layers * patches * config.width
     attention = 4 * patches * config.width + config.num_heads * patches**2  # the gated bias
     feed_forward = 2 * patches * (config.width + config.ffn_width)
-    working = shared + batch.kept(outputs + max(attention, feed_forward)).kept_bytes
+    inputs = 2 * patches * config.width
+    working = shared + batch.kept(inputs + max(attention, feed_forward)).kept_bytes
     return batch.kept(patches * config.width).working_on(working)
 
 

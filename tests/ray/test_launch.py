@@ -43,3 +43,29 @@ def test_a_command_that_is_asked_to_end_has_the_time_for_its_last_checkpoint() -
     finally:
         process.kill()
     assert (process.returncode, out, err) == (143, "the last checkpoint\n", "")
+
+
+ALLOCATOR = """
+import ray
+
+from beats_ray.config import RaySettings
+from beats_ray.launch import ray_cluster
+
+
+@ray.remote(num_cpus=0)
+def libraries():
+    return "libjemalloc" in open("/proc/self/maps").read()
+
+
+with ray_cluster(RaySettings(address="local", num_cpus=1, object_store_mib=100)):
+    print(ray.get([libraries.remote(), libraries.options(runtime_env={"env_vars": {"A": "1"}}).remote()]))
+"""
+
+
+def test_workers_of_a_private_cluster_allocate_with_jemalloc() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LD_PRELOAD"))}
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout == "[True, True]\n", done.stderr

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from beats_ray.bench.run import figures, run_bench
 from beats_ray.bench.tokenize_cases import fitted_tokenizer, label_by_formula, label_clip_by_clip
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
+from beats_ray.launch import allocator_environment
 from beats_ray.models import (
     BeatsEncoder,
     RandomProjectionTokenizer,
@@ -213,6 +214,46 @@ def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.Monk
     assert lacking == ["4 workers (needs 4 GPUs, 2 visible)"]
 
 
+def test_what_differs_on_a_cpu_alone_is_left_out_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_visible_gpus", lambda: 1)
+    by_device = {
+        device: [case.name for case in measure.cases_of(BenchConfig(name="encoder", device=device))[0]]  # type: ignore[arg-type]
+        for device in ("cpu", "cuda")
+    }
+    assert [name for name in by_device["cpu"] if name not in by_device["cuda"]] == [
+        "published formula, our allocator",
+        "openbeats (ESPnet), our allocator",
+    ]
+    with pytest.raises(ConfigError, match="has no such case"):
+        measure.cases_of(BenchConfig(name="encoder", device="cuda", cases=("published formula, our allocator",)))
+
+
+def test_ours_allocates_as_a_worker_does_and_others_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def seen(_work: object, arguments: Any, _deadline: object, environment: Mapping[str, str]) -> Iterator[Measured]:
+        given[arguments[1][0]] = environment
+        yield measured(arguments[1][0], 1.0, 1)
+
+    monkeypatch.setattr(measure, "messages_from", seen)
+    measure.measure(BenchConfig(name="encoder", rounds=1), lambda _text: None)
+    worker = allocator_environment()
+    assert "jemalloc" in worker["LD_PRELOAD"]
+    assert given["beats_ray"] == given["published formula, our allocator"] == worker
+    assert given["published formula"] == given["openbeats (ESPnet)"] == {}
+
+
+def test_variables_of_a_process_are_its_own_and_give_way_to_those_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEATS_RAY_SET", "before")
+    got = messages_from(send_variables, (), environment={"BEATS_RAY_SET": "new", "BEATS_RAY_NEW": "new"})
+    assert list(got) == [("before", "new")]
+    assert "BEATS_RAY_NEW" not in os.environ
+
+
+def send_variables(send: Send) -> None:
+    send((os.environ["BEATS_RAY_SET"], os.environ["BEATS_RAY_NEW"]))
+
+
 def test_the_suite_measures_every_part_and_ends_with_one_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +262,8 @@ def test_the_suite_measures_every_part_and_ends_with_one_table(
     def fake(config: BenchConfig, _tell: object, _deadline: float) -> tuple[list[Measured], list[Failed]]:
         seen[config.name] = config.num_clips
         names = [case.name for case in BENCHES[config.name]]
-        lost = [Failed(names.pop(), "OutOfMemoryError")] if config.name == "encoder" else []
+        theirs = "openbeats (ESPnet)"
+        lost = [Failed(names.pop(names.index(theirs)), "OutOfMemoryError")] if config.name == "encoder" else []
         if config.name == "ceilings":
             return [], lost
         return [measured(name, 10.0, config.num_clips, joules_per_clip=0.25) for name in names], lost

@@ -4,7 +4,7 @@
 what is kept for the backward pass (recomputed attention's inputs too, which saved-tensor hooks do not see), and after
 each operation of both passes, for the peak. Fine print of a CPU run: its kernels save layer norms' statistics in the
 input's type, and attention that is trained is spelled out (`matmul`) in fp32. That needs what a GPU's kernels need, for
-all clips at once, while the CPU's own backend goes clip by clip (`test_attention_clip_by_clip_needs_less`).
+all clips at once, while the CPU's own backend goes clip by clip (`test_a_cpus_own_backend_needs_less`).
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from beats_ray.models import (
     encoder_config,
     sample_patch_mask,
 )
-from beats_ray.models.transformer import TransformerStack
+from beats_ray.models.transformer import PositionConv, TransformerStack
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.memory import step_activations, training_state
@@ -158,16 +158,22 @@ def test_activations_of_a_step(build: Any, overrides: tuple[str, ...], preset: s
     assert expected.peak_bytes == pytest.approx(peak, rel=PEAK_TOLERANCE)
 
 
-def test_attention_clip_by_clip_needs_less() -> None:
-    peaks = {}
+def test_a_cpus_own_backend_needs_less() -> None:
+    """Attention clip by clip at the peak; of what is kept, the output of each norm that a layer starts from."""
+    kept, peaks = {}, {}
     for backend in ("matmul", "clipwise"):
-        module, inputs, _ = finetuning("tiny")
-        peaks[backend] = measured(module, *inputs, backend=backend)[1]
+        module, inputs, _ = finetuning("tiny", "layer_drop=0")  # whose result is no norm's
+        kept[backend], peaks[backend] = measured(module, *inputs, backend=backend)
     assert peaks["clipwise"] < 0.95 * peaks["matmul"]
+    config = encoder_config("tiny")
+    norms = 2 * config.num_layers - 1  # the first layer's input is kept
+    expected = norms * CLIPS * PATCHES * config.width * 4
+    assert kept["matmul"] - kept["clipwise"] == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("build", [pretraining, distilling])
-def test_activations_in_half_precision(build: Any) -> None:
+def test_activations_in_half_precision(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PositionConv, "convolve_on_cpu", PositionConv.convolve)  # which goes back to fp32
     module, inputs, estimate = build("mini", "train.precision=bf16")
     kept, _ = measured(module, *inputs, half=True)
     assert estimate().kept_bytes == pytest.approx(kept, rel=KEPT_TOLERANCE)
