@@ -7,6 +7,7 @@ import this package and need no torch.
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -58,6 +59,17 @@ class MicroBatch:
             patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=True),
         )
 
+    def pinned(self) -> "MicroBatch":
+        """The same in memory from which a GPU copies beside the host."""
+        labels_BN = self.patch_labels_BN
+        return replace(
+            self,
+            audio_BS=self.audio_BS.pin_memory(),
+            num_samples_B=self.num_samples_B.pin_memory(),
+            targets_BC=self.targets_BC.pin_memory(),
+            patch_labels_BN=None if labels_BN is None else labels_BN.pin_memory(),
+        )
+
     def first(self, clips: int) -> "MicroBatch":
         """The first so many clips of it."""
         labels_BN = self.patch_labels_BN
@@ -100,6 +112,22 @@ def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False, buc
         read_seconds=float(columns["read_seconds"].sum()) if "read_seconds" in columns else 0.0,
         decode_seconds=float(columns["decode_seconds"].sum()) if "decode_seconds" in columns else 0.0,
     )
+
+
+def read_ahead(batches: Iterator[MicroBatch]) -> Generator[MicroBatch]:
+    """The same batches, each made by a thread while its consumer, which has a GPU to do its work, is at the one before.
+
+    What `wait_seconds` says is how long the consumer waited.
+    """
+
+    def ahead() -> Generator[MicroBatch]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as thread:
+            coming = thread.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(next, batches, None)
+                yield batch
+
+    yield from _timed(ahead())
 
 
 def iterate_micro_batches(

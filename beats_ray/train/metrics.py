@@ -103,7 +103,9 @@ class MetricMeans:
 
 def code_counts(labels_BN: Tensor, num_codes: int) -> Tensor:
     """How often each code stands in `labels_BN` (-1 at padding)."""
-    return torch.bincount(labels_BN.flatten() + 1, minlength=num_codes + 1)[1:]
+    code_X = labels_BN.flatten().long() + 1
+    counts_V = torch.zeros(num_codes + 1, dtype=torch.int64, device=code_X.device)
+    return counts_V.scatter_add_(0, code_X, torch.ones_like(code_X))[1:]  # a bincount waits for the device
 
 
 class MetricsLog:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from beats_ray.config import fingerprint
-from beats_ray.data.batches import MicroBatch
+from beats_ray.data.batches import MicroBatch, read_ahead
 from beats_ray.data.parts import ClipPart, count_clips
 from beats_ray.data.storage import open_place, with_retries
 from beats_ray.inference import load_published
@@ -177,6 +177,8 @@ class CachedBatches:
             rank=self._context.rank,
             world_size=self._context.world_size,
         )
+        if self._context.device.type == "cuda":
+            batches = read_ahead(batch.pinned() for batch in batches)
         return (batch.to(self._context.device) for batch in batches)
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:

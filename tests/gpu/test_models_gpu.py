@@ -5,6 +5,8 @@ import torch
 
 from beats_ray.models import BeatsEncoder, build_encoder, compute_fbank, encoder_config, num_patches, sample_patch_mask
 from beats_ray.models.released import load_released, save_released
+from beats_ray.models.spectral import SPECTRAL_CLIPS
+from beats_ray.models.transformer import PositionConv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,3 +103,23 @@ def test_a_model_written_from_the_gpu_loads_on_the_cpu(tmp_path) -> None:  # typ
     encoder = BeatsEncoder(encoder_config("tiny")).cuda()
     loaded = load_released(save_released(encoder, tmp_path / "model.pt"))
     assert {value.device.type for value in loaded.state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_position_convolution_by_its_spectrum_is_the_cpus_tap_by_tap(autocast: bool) -> None:
+    """Output and gradients, from as many clips on as it goes by its spectrum; in fp32 under autocast too."""
+    inputs = torch.randn(SPECTRAL_CLIPS, 496, 768)
+    results = []
+    for device, spectral_clips in (("cpu", SPECTRAL_CLIPS + 1), ("cuda", SPECTRAL_CLIPS)):
+        torch.manual_seed(0)
+        convolution = PositionConv(768, 128, 16).to(device)
+        convolution.spectral_clips = spectral_clips
+        x_BND = inputs.to(device).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast and device == "cuda"):
+            out_BND = convolution(x_BND)
+        out_BND.float().square().sum().backward()
+        results.append([out_BND, x_BND.grad, *(one.grad for one in convolution.parameters())])
+    for mine, plain in zip(results[1], results[0], strict=True):
+        assert mine is not None
+        assert plain is not None
+        torch.testing.assert_close(mine.float().cpu(), plain, atol=2e-3 * float(plain.abs().max()), rtol=2e-3)
