@@ -875,6 +875,8 @@ class BenchConfig(Section):
     end-to-end and our step of finetune) has bf16 weights and fp32 masters."""
     threads: PositiveInt = 2
     """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
+    micro_batch_size: PositiveInt = 4
+    """Clips of a micro-batch of end-to-end, whose optimizer steps have four of them; for a GPU some 64."""
     seed: int = 0
     """Seed of weights, clips and masks."""
     cases: tuple[str, ...] = ()

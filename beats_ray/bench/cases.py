@@ -63,12 +63,16 @@ class Case:
     """Training processes, each of which needs a GPU of its own on CUDA."""
     as_worker: bool = False
     """Whether its process allocates memory as our workers do, for what they would compute."""
-    cpu_only: bool = False
-    """Whether on CUDA there is nothing to it."""
+    only_on: str = ""
+    """The device on which alone there is something to it; any where empty."""
 
     def available(self) -> bool:
         """Whether the package that the case needs is installed."""
         return not self.package or importlib.util.find_spec(self.package) is not None
+
+    def is_for(self, device: str) -> bool:
+        """Whether it is measured there."""
+        return self.only_on in ("", device)
 
 
 def int16_batch(config: BenchConfig) -> Any:
@@ -156,6 +160,32 @@ def training_step(config: BenchConfig, module: Any, features: Callable[[], Any])
     return step
 
 
+def plain_step(config: BenchConfig, encoder: Any, num_classes: int, loss_of: Callable[[Any], Any], train: Any) -> Step:
+    """An encoder with a linear head, moved by PyTorch's AdamW as one would write it.
+
+    loss_of: gives the loss, a scalar, of the head; train: settings of our run, whose hyperparameters these are.
+    """
+    import torch
+
+    from beats_ray.models import encoder_config
+
+    head = torch.nn.Linear(encoder_config(config.preset).width, num_classes).to(config.device)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=train.learning_rate, betas=train.betas, eps=train.epsilon, weight_decay=train.weight_decay
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = loss_of(head)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+        optimizer.step()
+
+    return step
+
+
 # --- fbank ------------------------------------------------------------------------------------------------------------
 
 
@@ -177,8 +207,10 @@ def _kaldi_fbank(config: BenchConfig) -> Step:
 # --- one training step of an encoder ----------------------------------------------------------------------------------
 
 
-def _our_encoder(config: BenchConfig, keeps: bool = False, tap_by_tap: bool = False) -> Step:
+def _our_encoder(config: BenchConfig, keeps: bool = False, tap_by_tap: bool = False, flex: bool = False) -> Step:
     encoder, wave_BS = seeded_encoder(config), random_waves(config)
+    if flex:
+        encoder.use(attention_backend="flex")
     if keeps:
         encoder.encoder.recompute = False
         if config.device == "cpu":
@@ -189,16 +221,21 @@ def _our_encoder(config: BenchConfig, keeps: bool = False, tap_by_tap: bool = Fa
 
 
 def _formula_encoder(config: BenchConfig) -> Step:
-    from beats_ray.bench.released_formula import FormulaEncoder
-    from beats_ray.models import encoder_config
-
-    formula, wave_BS = FormulaEncoder(encoder_config(config.preset)).to(config.device), random_waves(config)
-    return training_step(config, formula, lambda: formula(wave_BS))
+    return training_step(config, *formula_encoder(config))
 
 
 def _openbeats_encoder(config: BenchConfig) -> Step:
     theirs, features = openbeats_encoder(config)
     return training_step(config, theirs, features)
+
+
+def formula_encoder(config: BenchConfig) -> tuple[Any, Callable[[], Any]]:
+    """The published formula's encoder in training mode, and what gives its features_BND of the run's clips."""
+    from beats_ray.bench.released_formula import FormulaEncoder
+    from beats_ray.models import encoder_config
+
+    formula, wave_BS = FormulaEncoder(encoder_config(config.preset)).to(config.device).train(), random_waves(config)
+    return formula, lambda: formula(wave_BS)
 
 
 def openbeats_encoder(config: BenchConfig) -> tuple[Any, Callable[[], Any]]:
@@ -274,6 +311,7 @@ def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
     return Case(name, build, workers=workers)
 
 
+_WHOLE_STEP = "whole step of a worker, 75 % masked"
 _ENCODER = _cost("encoder_step")
 _FINETUNING = _cost("finetuning_step")
 _RANDOM_LABELS = _cost("random_labels")
@@ -313,16 +351,17 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         Case(
             "beats_ray, convolution tap by tap", partial(_our_encoder, tap_by_tap=True), cost=_ENCODER, as_worker=True
         ),
+        Case("beats_ray, flex attention", partial(_our_encoder, flex=True), cost=_ENCODER, only_on="cuda"),
         Case("published formula", _formula_encoder, cost=_ENCODER),
         Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats", cost=_ENCODER),
-        Case("published formula, our allocator", _formula_encoder, cost=_ENCODER, as_worker=True, cpu_only=True),
+        Case("published formula, our allocator", _formula_encoder, cost=_ENCODER, as_worker=True, only_on="cpu"),
         Case(
             "openbeats (ESPnet), our allocator",
             _openbeats_encoder,
             package="openbeats",
             cost=_ENCODER,
             as_worker=True,
-            cpu_only=True,
+            only_on="cpu",
         ),
     ),
     "end-to-end": (
@@ -334,6 +373,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
     ),
     "finetune": (
         Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING, as_worker=True),
+        Case("beats_ray, compiled", _lazily("compiled_step", "finetune_cases"), cost=_FINETUNING, only_on="cuda"),
         Case("published formula", _lazily("formula_step", "finetune_cases"), cost=_FINETUNING),
         Case("openbeats (ESPnet)", _lazily("openbeats_step", "finetune_cases"), package="openbeats", cost=_FINETUNING),
     ),
@@ -347,11 +387,31 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         ),
         Case("nothing masked", _our_encoder, cost=_ENCODER, as_worker=True),
         Case(
-            "whole step of a worker, 75 % masked",  # predictor and optimizer too: set beside nothing
-            _lazily("pretraining_step", "profile"),
+            _WHOLE_STEP,
+            _lazily("whole_step", "pretrain_cases"),
             cost=_cost("pretraining_step"),
-            beside="whole step of a worker, 75 % masked",
+            beside=_WHOLE_STEP,
             as_worker=True,
+        ),
+        Case(
+            "whole step, compiled",
+            _lazily("compiled_step", "pretrain_cases"),
+            cost=_cost("pretraining_step"),
+            beside=_WHOLE_STEP,
+            only_on="cuda",
+        ),
+        Case(
+            "whole step on every patch, published formula",
+            _lazily("formula_step", "pretrain_cases"),
+            cost=_cost("every_patch_step"),
+            beside=_WHOLE_STEP,
+        ),
+        Case(
+            "whole step on every patch, openbeats (ESPnet)",
+            _lazily("openbeats_step", "pretrain_cases"),
+            package="openbeats",
+            cost=_cost("every_patch_step"),
+            beside=_WHOLE_STEP,
         ),
     ),
     "tokenize": (

@@ -134,6 +134,17 @@ def encoder_step_cost(config: BenchConfig) -> Cost:
     return Cost(config.num_clips * flops, _step_bytes(kept, _encoder_weights(config)))
 
 
+def every_patch_step_cost(config: BenchConfig) -> Cost:
+    """Masked prediction with an encoder that sees every patch, and one linear layer for the labels of the masked."""
+    from beats_ray.train.flops import masked_counts
+
+    encoder, patches = _encoder_of(config)
+    _, targets = masked_counts(patches, pretrain_settings(config).masking)
+    step, values = encoder_step_cost(config), config.num_clips * targets * (encoder.width + CODES)
+    head = Cost(6.0 * config.num_clips * targets * encoder.width * CODES, 2.0 * 4 * values)
+    return Cost(step.flops + head.flops, step.bytes + head.bytes)
+
+
 def masked_encoder_step_cost(config: BenchConfig, positions: Literal["true", "compact"] = "true") -> Cost:
     from beats_ray.train.flops import encoder_flops, masked_counts, patch_embedding_flops
     from beats_ray.train.memory import encoder_bytes
@@ -222,6 +233,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "filterbank": filterbank_cost,
     "encoder_forward": encoder_forward_cost,
     "encoder_step": encoder_step_cost,
+    "every_patch_step": every_patch_step_cost,
     "masked_encoder_step": masked_encoder_step_cost,
     "random_labels": random_labels_cost,
     "distilled_labels": distilled_labels_cost,

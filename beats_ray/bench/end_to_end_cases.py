@@ -25,8 +25,8 @@ import psutil
 from beats_ray.bench.cases import Observation, Step
 from beats_ray.config import BenchConfig, RaySettings
 
-MICRO_BATCH_CLIPS = 4
-GLOBAL_BATCH_CLIPS = 16
+MICRO_BATCHES = 4
+"""Of an optimizer step, over all workers."""
 SAMPLE_SECONDS = 1.0
 STORE_MIB = 1024
 RESULT_FILE = "bench.json"
@@ -36,8 +36,9 @@ def pipeline(config: BenchConfig, workers: int = 1, times: int = 1) -> Step:
     """A run with so many workers on so many times `config.num_clips` clips."""
     from beats_ray.bench.data_cases import write_shards
 
-    steps = max(2, config.num_clips * times // GLOBAL_BATCH_CLIPS)
-    config = config.model_copy(update={"clips": steps * GLOBAL_BATCH_CLIPS})
+    step_clips = MICRO_BATCHES * config.micro_batch_size
+    steps = max(2, config.num_clips * times // step_clips)
+    config = config.model_copy(update={"clips": steps * step_clips})
     folder = write_shards(config)
 
     def step() -> Observation:
@@ -75,8 +76,8 @@ def _run_config(config: BenchConfig, workers: int, steps: int, folder: str, outp
             "train": {
                 "steps": steps,
                 "warmup_steps": 0,
-                "global_batch_size": GLOBAL_BATCH_CLIPS,
-                "micro_batch_size": MICRO_BATCH_CLIPS,
+                "global_batch_size": MICRO_BATCHES * config.micro_batch_size,
+                "micro_batch_size": config.micro_batch_size,
                 "num_workers": workers,
                 "use_gpu": config.device == "cuda",
                 "precision": config.precision,

@@ -79,7 +79,7 @@ def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
     ConfigError where a case is chosen that the benchmark has not.
     """
     cases, lacking = [], []
-    here = [case for case in BENCHES[config.name] if config.device == "cpu" or not case.cpu_only]
+    here = [case for case in BENCHES[config.name] if case.is_for(config.device)]
     chosen = config.cases or tuple(case.name for case in here)
     unknown = sorted(set(chosen) - {case.name for case in here})
     if unknown:

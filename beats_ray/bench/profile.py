@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from beats_ray.bench.cases import Step, engine_step, int16_batch
-from beats_ray.bench.costs import CODES, pretrain_settings
 from beats_ray.bench.kernels import ANNOTATED, FILTERBANK, Kernel, Span, shares, top_kernels, window_us
+from beats_ray.bench.pretrain_cases import whole_step
 from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.config import BenchConfig
 from beats_ray.console import Console
@@ -93,7 +92,7 @@ def profile_step(config: BenchConfig) -> Profile:
     torch.set_num_threads(config.threads)
     is_cuda = config.device == "cuda"
     with _annotated_filterbank():
-        step = pretraining_step(config)
+        step = whole_step(config)
         for _ in range(max(1, config.warmup)):
             step()
         if is_cuda:
@@ -107,22 +106,6 @@ def profile_step(config: BenchConfig) -> Profile:
     spans = device_spans(recorded.events()) if is_cuda else host_spans(recorded.events())
     kernels = [replace(one, calls=round(one.calls / config.repetitions)) for one in top_kernels(spans)]
     return Profile(window_us(spans) / 1000.0 / config.repetitions, shares(spans), kernels)
-
-
-def pretraining_step(config: BenchConfig) -> Step:
-    """One optimizer step of masked pre-training, its optimizer annotated."""
-    import torch
-
-    from beats_ray.models import num_patches
-    from beats_ray.train.pretrain import PretrainTask
-
-    settings = pretrain_settings(config)
-    torch.manual_seed(config.seed)
-    task = PretrainTask(settings, CODES, None)
-    patches = num_patches(round(config.seconds * 16_000))
-    labels_BN = torch.randint(CODES, (config.num_clips, patches), dtype=torch.int16)
-    batch = replace(int16_batch(config), patch_labels_BN=labels_BN)
-    return engine_step(config, task, settings.train, batch)
 
 
 @contextmanager

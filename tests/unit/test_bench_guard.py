@@ -11,6 +11,7 @@ from beats_ray.bench import guard
 from beats_ray.bench.cases import BENCHES
 from beats_ray.bench.guard import Ratios, find_losses, ratios_of, read_guarded, run_guard
 from beats_ray.bench.measure import Failed, Measured
+from beats_ray.bench.run import reference_of
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
 
@@ -118,12 +119,12 @@ def test_a_case_that_fails_fails_the_lane_and_is_not_stored(file: Path, monkeypa
     assert file.read_text() == before
 
 
-def test_the_file_of_the_repository_names_cases_that_exist() -> None:
+def test_the_file_of_the_repository_has_every_case_that_is_set_beside_another() -> None:
     guarded = read_guarded(guard.RATIOS_FILE)
     for name, entry in guarded.items():
-        BenchConfig(name=name, **entry["settings"])  # type: ignore[arg-type]
-        expected = {case.name for case in BENCHES[name]} - {case.beside for case in BENCHES[name]}
-        assert set(entry["ratios"]) <= expected - {BENCHES[name][0].name}
+        config = BenchConfig(name=name, **entry["settings"])  # type: ignore[arg-type]
+        cases = {case.name for case in BENCHES[name] if case.is_for(config.device)}
+        assert set(entry["ratios"]) == {case for case in cases if case != reference_of(config, case)}
 
 
 @pytest.mark.parametrize("text", ["fbank: 2", "speed: {settings: {}, ratios: {}}", "a: [", "fbank: {ratios: {x: 1}}"])

@@ -1,0 +1,73 @@
+"""One optimizer step of masked pre-training, beside the same encoder trained by plain PyTorch on every patch.
+
+Ours is the whole step of a worker: the copy of int16 samples, filterbank, masks, forward, backward, clipping and AdamW
+under the engine; labels come with the batch, as from iteration 2 on. The encoder sees a quarter of the patches, the
+label predictor all of them. The others start from waveforms on the device, encode every patch and predict the labels
+of three quarters of them with one linear layer, as masked prediction is done where nothing is left out (HuBERT).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from beats_ray.bench.cases import (
+    Step,
+    engine_step,
+    formula_encoder,
+    int16_batch,
+    openbeats_encoder,
+    plain_step,
+)
+from beats_ray.bench.costs import CODES, MASKED, pretrain_settings
+from beats_ray.config import BenchConfig
+
+
+def whole_step(config: BenchConfig, compiled: bool = False) -> Step:
+    """Ours; compiled: by PyTorch's compiler (`train.compile`)."""
+    import torch
+
+    from beats_ray.train.pretrain import PretrainTask
+
+    settings = pretrain_settings(config)
+    torch.manual_seed(config.seed)
+    task = PretrainTask(settings, CODES, None)
+    batch = replace(int16_batch(config), patch_labels_BN=_labels(config).to(torch.int16))
+    return engine_step(config, task, settings.train.model_copy(update={"compile": compiled}), batch)
+
+
+def compiled_step(config: BenchConfig) -> Step:
+    return whole_step(config, compiled=True)
+
+
+def formula_step(config: BenchConfig) -> Step:
+    return _every_patch(config, *formula_encoder(config))
+
+
+def openbeats_step(config: BenchConfig) -> Step:
+    return _every_patch(config, *openbeats_encoder(config))
+
+
+def _every_patch(config: BenchConfig, encoder: Any, features: Callable[[], Any]) -> Step:
+    import torch
+    import torch.nn.functional as F
+
+    labels_BN = _labels(config).to(config.device)
+    order_N = torch.randperm(labels_BN.shape[1], generator=torch.Generator().manual_seed(config.seed))
+    targets_K = order_N[: round(MASKED * labels_BN.shape[1])].to(config.device)
+
+    def loss(head: Any) -> Any:
+        logits_BKV = head(features()[:, targets_K])
+        return F.cross_entropy(logits_BKV.float().flatten(0, 1), labels_BN[:, targets_K].flatten())
+
+    return plain_step(config, encoder, CODES, loss, pretrain_settings(config).train)
+
+
+def _labels(config: BenchConfig) -> Any:
+    """labels_BN in host memory, one for each patch."""
+    import torch
+
+    from beats_ray.models import num_patches
+
+    patches = num_patches(round(config.seconds * 16_000))
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randint(CODES, (config.num_clips, patches), generator=generator)
