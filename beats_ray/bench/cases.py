@@ -25,8 +25,8 @@ class Observation:
     """That the work went through."""
     peak_mib: float
     """Of all its processes together."""
-    data_wait: float
-    """Share of the work in which the training processes stood still for data."""
+    data_wait: float | None = None
+    """Share of the work in which the training processes stood still for data; None where none train."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
     """Parts of the start by name, and what else is worth a column, seconds."""
 
@@ -311,6 +311,16 @@ def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
     return Case(name, build, workers=workers)
 
 
+def _stage(name: str, function: str, times: int = 1) -> Case:
+    """A case of `stage_cases` on so many times the clips."""
+
+    def build(config: BenchConfig) -> Step:
+        made: Step = getattr(importlib.import_module("beats_ray.bench.stage_cases"), function)(config, times)
+        return made
+
+    return Case(name if times == 1 else f"{name}, {times}x the clips", build, beside=name)
+
+
 _WHOLE_STEP = "whole step of a worker, 75 % masked"
 _ENCODER = _cost("encoder_step")
 _FINETUNING = _cost("finetuning_step")
@@ -370,6 +380,8 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _pipeline("4 workers", workers=4),
         _pipeline("1 worker, 10x the clips", times=10),
         _pipeline("1 worker, 100x the clips", times=100),
+        *(_stage("prepare", "prepare_stage", times) for times in (1, 10, 100)),
+        *(_stage("labels", "labels_stage", times) for times in (1, 10, 100)),
     ),
     "finetune": (
         Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING, as_worker=True),

@@ -33,7 +33,7 @@ def bare_limit(config: BenchConfig) -> Step:
     """Decodes the clips of one core's share: the time of all cores together, without any way to or from them."""
     from beats_ray.data.clips import clip_samples_of
 
-    clips = [data for _, data in _clips(config)][: max(1, config.num_clips // (os.cpu_count() or 1))]
+    clips = [data for _, data in encoded_clips(config)][: max(1, config.num_clips // (os.cpu_count() or 1))]
     samples = clip_samples_of(config.seconds)
 
     def step() -> float | None:
@@ -178,7 +178,7 @@ def _read_row_group(path: str, group: int) -> list[bytes]:
 # --- the clips --------------------------------------------------------------------------------------------------------
 
 
-def _clips(config: BenchConfig) -> Iterator[tuple[str, bytes]]:
+def encoded_clips(config: BenchConfig) -> Iterator[tuple[str, bytes]]:
     """Names and FLAC bytes of all clips."""
     distinct = _distinct(config.seconds)
     for index in range(config.num_clips):
@@ -216,7 +216,7 @@ def write_shards(config: BenchConfig) -> str:
     rows = [
         {"clip_id": name, "audio": data, "num_samples": round(config.seconds * 16_000), "labels": [], "fold": -1,
          "split": ""}
-        for name, data in _clips(config)
+        for name, data in encoded_clips(config)
     ]  # fmt: skip
     per_shard = ROW_GROUP_CLIPS * SHARD_ROW_GROUPS
     shards = []
@@ -249,7 +249,7 @@ def _tars(config: BenchConfig) -> list[str]:
     files = [folder / f"{index:05d}.tar" for index in range(count)]
     if not files[-1].exists():
         folder.mkdir(exist_ok=True)
-        clips = list(_clips(config))
+        clips = list(encoded_clips(config))
         for index, file in enumerate(files):
             with tarfile.open(file, "w") as archive:
                 for name, data in clips[index * per_tar : (index + 1) * per_tar]:

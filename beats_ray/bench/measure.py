@@ -199,6 +199,7 @@ def measure_case(case: Case, config: BenchConfig) -> Measured:
     timed = [_timed(step, config) for _ in range(config.repetitions)]
     peak_mib = (_peak_bytes(config) - before) / MIB
     observed = [one.observed for one in timed if one.observed is not None]
+    waits = [one.data_wait for one in observed if one.data_wait is not None]
     read_joules = None if observed else energy_counter(config.device)
     cost = None if case.cost is None else case.cost(config)
     return Measured(
@@ -213,7 +214,7 @@ def measure_case(case: Case, config: BenchConfig) -> Measured:
         joules_per_clip=joules_per_clip(lambda: _timed(step, config), config.num_clips, read_joules)
         if read_joules
         else None,
-        data_wait=statistics.median(one.data_wait for one in observed) if observed else None,
+        data_wait=statistics.median(waits) if waits else None,
         parts_s={name: [one.parts_s[name] for one in observed] for name in observed[0].parts_s} if observed else {},
     )
 

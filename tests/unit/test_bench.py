@@ -206,7 +206,7 @@ def test_the_ratio_of_unequal_numbers_of_clips_is_that_of_a_clip_s_time() -> Non
 def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_visible_gpus", lambda: 2)
     cases, lacking = measure.cases_of(BenchConfig(name="end-to-end", device="cuda"))
-    assert [case.name for case in cases] == [
+    assert [case.name for case in cases if "worker" in case.name] == [
         "1 worker",
         "2 workers",
         "1 worker, 10x the clips",
