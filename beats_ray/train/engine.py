@@ -401,7 +401,7 @@ class Engine:
         for group, flat in self._flat_parameters():
             state = self._adamw.state[flat]
             one = step if unfrozen_step is None or not group.get("frozen_steps") else unfrozen_step
-            state["step"] = torch.tensor(one, device=flat.device if self._settings.use_gpu else "cpu")
+            state["step"] = torch.tensor(one, dtype=torch.float32, device=flat.device)
             for key in self._state_keys:
                 state[key] = torch.zeros_like(flat)
         self._link_moments()

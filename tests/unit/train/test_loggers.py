@@ -219,6 +219,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_shows_every_step_once(tmp
 
 def test_a_resumed_run_is_one_row_of_the_hparams_tab_and_ends_well(tmp_path: Path) -> None:
     for resumed, complete in ((0, False), (2, True)):
+        time.sleep(1.1)  # files are read in the order of their names, which have the second in them
         logger = TensorBoardLogger(open_place(str(tmp_path / "tensorboard")), resumed, "pretrain", {"train.steps": 4})
         logger.write(report(resumed + 2))
         logger.flush()
