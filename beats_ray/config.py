@@ -850,8 +850,8 @@ class BenchConfig(Section):
     """Benchmarks with other defaults than those below."""
 
     name: Literal[
-        "ceilings", "checkpoint", "data", "encoder", "end-to-end", "fbank", "finetune", "gpu", "pretrain", "profile",
-        "tokenize",
+        "ceilings", "checkpoint", "compiled", "data", "encoder", "end-to-end", "fbank", "finetune", "gpu", "pretrain",
+        "profile", "tokenize",
     ]  # fmt: skip
     """What is measured. `gpu` is all of it that needs no cluster, on a GPU: bf16, 10 repetitions after 3 of warm-up,
     one round; `profile` names the kernels of the pre-training step (5 repetitions after 3)."""
@@ -872,7 +872,7 @@ class BenchConfig(Section):
     """Where the model runs; by default cuda for gpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs under autocast, with weights and gradients in fp32; what runs under DeepSpeed (checkpoint, profile,
-    end-to-end and our step of finetune) has bf16 weights and fp32 masters."""
+    end-to-end, our whole steps of pretrain and finetune) has bf16 weights and fp32 masters."""
     threads: PositiveInt = 2
     """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
     micro_batch_size: PositiveInt = 4

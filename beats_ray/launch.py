@@ -43,19 +43,21 @@ _RAY_ENVIRONMENT = {
     # that memory comes again page by page, set to zero: a quarter of the processor time of the data plane. jemalloc,
     # which Ray brings for its own processes, takes less of it than glibc, whose holes do not fit again.
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
-    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1",
+    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
     "MIMALLOC_PURGE_DELAY": "-1",  # pyarrow's
 }
+
+ALLOCATOR_VARIABLES = ("MALLOC_CONF", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MIMALLOC_PURGE_DELAY")
 
 
 def allocator_environment() -> dict[str, str]:
     """The variables by which a worker allocates memory, for a process that stands for one outside a cluster."""
     from ray._private.services import JEMALLOC_SO
 
-    found = {name: value for name, value in _RAY_ENVIRONMENT.items() if name.startswith("MALLOC")}
-    return found | ({"LD_PRELOAD": JEMALLOC_SO} if Path(JEMALLOC_SO).exists() else {})
+    found = {name: _RAY_ENVIRONMENT[name] for name in ALLOCATOR_VARIABLES}
+    return found | ({"LD_PRELOAD": JEMALLOC_SO} if JEMALLOC_SO else {})  # there is none for some platforms
 
 
 @contextlib.contextmanager

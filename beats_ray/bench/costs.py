@@ -137,12 +137,15 @@ def encoder_step_cost(config: BenchConfig) -> Cost:
 def every_patch_step_cost(config: BenchConfig) -> Cost:
     """Masked prediction with an encoder that sees every patch, and one linear layer for the labels of the masked."""
     from beats_ray.train.flops import masked_counts
+    from beats_ray.train.memory import value_bytes
 
     encoder, patches = _encoder_of(config)
     _, targets = masked_counts(patches, pretrain_settings(config).masking)
-    step, values = encoder_step_cost(config), config.num_clips * targets * (encoder.width + CODES)
-    head = Cost(6.0 * config.num_clips * targets * encoder.width * CODES, 2.0 * 4 * values)
-    return Cost(step.flops + head.flops, step.bytes + head.bytes)
+    predictions, weights = config.num_clips * targets, encoder.width * CODES
+    kept_bytes = predictions * (encoder.width * value_bytes(config.precision) + 4 * CODES)  # the logits in fp32
+    head_bytes = _step_bytes(kept_bytes, weights * value_bytes(config.precision))
+    step = encoder_step_cost(config)
+    return Cost(step.flops + 6.0 * predictions * weights, step.bytes + head_bytes)
 
 
 def masked_encoder_step_cost(config: BenchConfig, positions: Literal["true", "compact"] = "true") -> Cost:

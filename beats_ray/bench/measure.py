@@ -1,8 +1,8 @@
 """Measures the cases of a benchmark in turns, in processes of their own.
 
-On the CPU each case has one, so that its peak memory is its own; ours allocates as a worker does, what it is compared
-with as Python starts it, unless its name says otherwise. On CUDA those of a benchmark share one, which saves most of a
-short run: the device's memory is counted from where a case begins, and what was compiled is forgotten.
+On the CPU each case has one, so that its peak memory is its own; a step of ours allocates as a worker does, what it is
+compared with as Python starts it, unless its name says otherwise. On CUDA those of a benchmark share one, which saves
+most of a short run: the device's memory is counted from where a case begins, and what was compiled is forgotten.
 """
 
 import gc
@@ -155,13 +155,19 @@ def _merged(rounds: list[Measured]) -> Measured:
 def _in_a_process(cases: list[Case], config: BenchConfig, deadline: float | None) -> Iterator[Measured | Failed]:
     """The result of each of the cases, as soon as it is there."""
     waiting = [case.name for case in cases]
-    environment = allocator_environment() if config.device == "cpu" and all(case.as_worker for case in cases) else {}
+    environment = allocation(as_worker=all(case.as_worker for case in cases)) if config.device == "cpu" else {}
     try:
         for one in messages_from(_measure_all, (config, tuple(waiting)), deadline, environment):
             waiting.remove(one.case)
             yield one
     except Lost as lost:  # after the last result it changes no figure
         yield from (Failed(name, str(lost)) for name in waiting)
+
+
+def allocation(as_worker: bool) -> dict[str, str | None]:
+    """The variables by which a process allocates memory as our workers do, or as Python starts it: with none."""
+    ours = allocator_environment()
+    return dict(ours) if as_worker else dict.fromkeys((*ours, "LD_PRELOAD"))
 
 
 def _measure_all(send: Send, config: BenchConfig, names: tuple[str, ...]) -> None:

@@ -23,12 +23,12 @@ def messages_from(
     work: Callable[..., None],
     arguments: tuple[Any, ...],
     deadline: float | None = None,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    environment: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Iterator[Any]:
     """Yields what `work(send, *arguments)` sends from a new process, until it returns.
 
     deadline: on the clock of `time.monotonic`; the process is ended there. Raises Lost then, and where it died.
-    environment: variables of the new process that are not set already.
+    environment: variables of the new process, whatever they are in this one; it lacks those that are None.
     """
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
@@ -62,15 +62,22 @@ def messages_from(
 
 
 @contextlib.contextmanager
-def _variables(environment: Mapping[str, str]) -> Iterator[None]:
-    """Within the block a process that is started has these variables too."""
-    added = {name: value for name, value in environment.items() if name not in os.environ}
-    os.environ.update(added)
+def _variables(environment: Mapping[str, str | None]) -> Iterator[None]:
+    """Within the block a process that is started has these variables."""
+    before = {name: os.environ.get(name) for name in environment}
+    _set(environment)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _run(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

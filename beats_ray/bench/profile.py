@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from beats_ray.bench.kernels import ANNOTATED, FILTERBANK, Kernel, Span, shares, top_kernels, window_us
+from beats_ray.bench.measure import allocation
 from beats_ray.bench.pretrain_cases import whole_step
 from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.config import BenchConfig
@@ -71,7 +72,9 @@ def profile_apart(config: BenchConfig, deadline: float | None = None) -> Profile
     deadline: on the clock of `time.monotonic`.
     """
     try:
-        found: list[Profile | str] = list(messages_from(_send_profile, (config,), deadline))
+        found: list[Profile | str] = list(
+            messages_from(_send_profile, (config,), deadline, allocation(as_worker=config.device == "cpu"))
+        )
     except Lost as lost:
         return str(lost)
     return found[0]

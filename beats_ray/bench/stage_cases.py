@@ -1,8 +1,8 @@
 """The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips.
 
 A step is the stage as the command runs it, on a cluster of its own on this machine. Its start ends when the stage has
-gone over a few clips, so that processes and imports are no part of the time. Labels are those of a distilled tokenizer
-of the run's encoder with random weights.
+gone over a few clips; actors of the labels stage are started anew for all of them, which is in the time of each row.
+Labels are those of a distilled tokenizer of the run's encoder with random weights.
 """
 
 import os
@@ -37,6 +37,8 @@ def prepare_stage(config: BenchConfig, times: int) -> Step:
 
 def labels_stage(config: BenchConfig, times: int) -> Step:
     """A prepared data set to patch labels."""
+    from rich.console import Console as RichConsole
+
     from beats_ray.bench.tokenize_cases import fitted_tokenizer
     from beats_ray.config import StreamSettings, TokenizeConfig
     from beats_ray.console import Console
@@ -54,7 +56,7 @@ def labels_stage(config: BenchConfig, times: int) -> Step:
             tokenizer=str(tokenizer),
             use_gpu=config.device == "cuda",
         )
-        return lambda: run_tokenize(settings, Console())
+        return lambda: run_tokenize(settings, Console(RichConsole(stderr=True)))  # stdout may be one JSON object
 
     return _measured(stage, config.num_clips * times)
 

@@ -59,17 +59,6 @@ class MicroBatch:
             patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=True),
         )
 
-    def pinned(self) -> "MicroBatch":
-        """The same in memory from which a GPU copies beside the host."""
-        labels_BN = self.patch_labels_BN
-        return replace(
-            self,
-            audio_BS=self.audio_BS.pin_memory(),
-            num_samples_B=self.num_samples_B.pin_memory(),
-            targets_BC=self.targets_BC.pin_memory(),
-            patch_labels_BN=None if labels_BN is None else labels_BN.pin_memory(),
-        )
-
     def first(self, clips: int) -> "MicroBatch":
         """The first so many clips of it."""
         labels_BN = self.patch_labels_BN

@@ -74,10 +74,12 @@ class ClipCache:
         rank: int = 0,
         world_size: int = 1,
         augment_crop: bool = True,
+        pin_memory: bool = False,
     ) -> Iterator[MicroBatch]:
         """A rank's micro-batches of steps [start_step, stop_step): what the stream with these settings would bring.
 
-        part: the clips, by default those of the settings' folds and splits.
+        part: the clips, by default those of the settings' folds and splits. pin_memory: for a GPU, which then copies
+        them beside the host.
         """
         dealing = Dealing(global_batch_size, micro_batch_size, world_size, self.settings.streams)
         plan = self._plan(
@@ -88,7 +90,7 @@ class ClipCache:
         )
         spec = example_spec(self.manifest, self.settings, plan, seed if augment_crop else None)
         lanes = {index: Lane(plan, index, dealing) for index in dealing.lanes_of(rank)}
-        read = {index: self._reader(lane, spec) for index, lane in lanes.items()}
+        read = {index: self._reader(lane, spec, pin_memory) for index, lane in lanes.items()}
         for index in range(dealing.num_micro_batches(stop_step - start_step)):
             lane, start = dealing.micro_batch(start_step, index, rank)
             yield read[lane](start, start + micro_batch_size)
@@ -148,7 +150,9 @@ class ClipCache:
                 f"lack row group {missing[0].index} of {missing[0].file}; widen them to all clips that the run uses"
             )
 
-    def _reader(self, plan: ClipPlan | Lane, spec: ExampleSpec) -> Callable[[int, int], MicroBatch]:
+    def _reader(
+        self, plan: ClipPlan | Lane, spec: ExampleSpec, pin_memory: bool = False
+    ) -> Callable[[int, int], MicroBatch]:
         """What gives the examples of positions, of a lane places, [start, stop)."""
         self._check_held(plan.row_groups)
 
@@ -167,7 +171,7 @@ class ClipCache:
                 first, index_P = clips_of(ordinal)
                 clips += [self._clips[i] for i in index_P[max(0, start - first) : stop - first]]
             columns = make_examples(clips, plan.positions(start, stop), spec)
-            batch = to_micro_batch(columns, bucket_samples=bucket_samples_of(self.settings))
+            batch = to_micro_batch(columns, pin_memory, bucket_samples_of(self.settings))
             return replace(batch, wait_seconds=time.perf_counter() - begun)
 
         return read

@@ -208,7 +208,7 @@ def _attend_flex(inputs: AttentionInputs) -> Tensor:
 def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 def _attend_matmul(inputs: AttentionInputs) -> Tensor:

@@ -99,7 +99,7 @@ class CosineQuantizer(Float32Buffers):
             is_real_N = torch.ones_like(unit_ND[:, 0], dtype=torch.bool) if is_pad_N is None else ~is_pad_N
             # Whoever ends the step may not look at the loss: one such vector would spoil the codebook for good.
             is_sound_N = is_real_N & unit_ND.isfinite().all(dim=-1)
-            if self._batches_fitted() == 0:
+            if self.batches_fitted == 0:
                 labels_N, code_ND = torch.full_like(is_sound_N, -1, dtype=torch.int64), unit_ND.detach()
                 counts_V = torch.zeros_like(self.usage_V)
             else:
@@ -122,7 +122,7 @@ class CosineQuantizer(Float32Buffers):
         statistics, self._statistics = self._statistics, None
         if statistics is None or not moved:
             return
-        if self._batches_fitted() < self.config.init_batches:
+        if self.batches_fitted < self.config.init_batches:
             self._fit(statistics)
         else:
             self._update(statistics)
@@ -130,7 +130,7 @@ class CosineQuantizer(Float32Buffers):
     @property
     def is_fitted(self) -> bool:
         """Whether k-means is done; until then its vectors are state that no `state_dict` holds."""
-        return self._batches_fitted() == self.config.init_batches
+        return self.batches_fitted == self.config.init_batches
 
     @torch.no_grad()
     def labels(self, vectors_ND: Tensor) -> Tensor:
@@ -176,7 +176,8 @@ class CosineQuantizer(Float32Buffers):
         self.usage_V.copy_(_from_first_worker(counts_V / len(self._pool)))
         self.batches_seen += 1
 
-    def _batches_fitted(self) -> int:
+    @property
+    def batches_fitted(self) -> int:
         """Global batches that k-means was run on, `init_batches` in the end."""
         # Asking the buffer makes the host wait for the device, so the answer is kept once it is the last one.
         if not self._fitted:

@@ -18,29 +18,32 @@ from torch import Tensor, nn
 
 def gelu_again(output: Tensor) -> AbstractContextManager[object]:
     """Within the block `output`, of GELU, is not kept."""
-    return _computed_again(output, "GeluBackward0", "_saved_self", F.gelu)
+    if not _is_of(output, "GeluBackward0"):
+        return nullcontext()
+    return _computed_again(output, "_saved_self", F.gelu)
 
 
 def norm_again(output: Tensor, norm: nn.LayerNorm | None) -> AbstractContextManager[object]:
     """Within the block `output`, of this norm, is not kept; its weights are those of now."""
-    if norm is None or norm.weight.shape != norm.normalized_shape:  # ZeRO-3 has put its weights away
+    # Under ZeRO-3, which has put the weights away by now, the output is that of a hook.
+    if norm is None or not _is_of(output, "NativeLayerNormBackward0"):
         return nullcontext()
     weight, bias, shape, eps = norm.weight.detach().clone(), norm.bias.detach().clone(), norm.normalized_shape, norm.eps
     return _computed_again(
         output,
-        "NativeLayerNormBackward0",
         "_saved_input",
         lambda source: F.layer_norm(source, shape, weight, bias, eps),
     )
 
 
+def _is_of(output: Tensor, operation: str) -> bool:
+    return not torch.compiler.is_compiling() and output.grad_fn is not None and output.grad_fn.name() == operation
+
+
 def _computed_again(
-    output: Tensor, operation: str, kept_input: str, function: Callable[[Tensor], Tensor]
+    output: Tensor, kept_input: str, function: Callable[[Tensor], Tensor]
 ) -> AbstractContextManager[object]:
-    node = None if torch.compiler.is_compiling() else output.grad_fn
-    if node is None or node.name() != operation:
-        return nullcontext()
-    address = output.data_ptr()
+    node, address = output.grad_fn, output.data_ptr()
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
         return kept.shape if kept.data_ptr() == address else kept

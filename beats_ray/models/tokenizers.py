@@ -137,7 +137,6 @@ class SelfDistilledTokenizer(nn.Module):
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, self.config.quantizer.code_dim)
         )
         self.quantizer = CosineQuantizer(self.config.quantizer)
-        self._was_fitted = False
 
     def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> tuple[Quantized, Tensor]:
         """Returns the codes of all patches, flattened to (B x N, ...), and is_pad_BN."""
@@ -170,11 +169,8 @@ class SelfDistilledTokenizer(nn.Module):
         return self.label_patches(normalise_fbank(fbank_BTF, mean, std, num_frames_B), num_frames_B)
 
     def _check_fitted(self) -> None:
-        if self._was_fitted:  # asking costs a wait for the device
-            return
-        if int(self.quantizer.batches_seen) == 0:
+        if self.quantizer.batches_fitted == 0:
             raise ValueError("the tokenizer's codebook was never fitted: train it, or load a trained one")
-        self._was_fitted = True
 
     @torch.no_grad()
     def label_patches(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> Tensor:

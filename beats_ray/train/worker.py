@@ -1,6 +1,7 @@
 """What runs inside a training process: the run's task, its batches, and the loop."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -166,7 +167,7 @@ class CachedBatches:
         self._context = context
 
     def training(self, first_step: int) -> Iterator[MicroBatch]:
-        settings = self._run.train
+        settings, on_gpu = self._run.train, self._context.device.type == "cuda"
         batches = self._run.cache.batches(
             part=training_part(self._run.config, self._run.manifest),
             seed=settings.seed,
@@ -176,10 +177,14 @@ class CachedBatches:
             stop_step=settings.steps,
             rank=self._context.rank,
             world_size=self._context.world_size,
+            pin_memory=on_gpu,
         )
-        if self._context.device.type == "cuda":
-            batches = read_ahead(batch.pinned() for batch in batches)
-        return (batch.to(self._context.device) for batch in batches)
+        if not on_gpu:
+            yield from batches
+            return
+        with closing(read_ahead(batches)) as ahead:
+            for batch in ahead:
+                yield batch.to(self._context.device)
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:
         clips = self._run.held_out(part)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private.services import JEMALLOC_SO
+
+from beats_ray.launch import allocator_environment
 
 pytestmark = pytest.mark.ray
 
@@ -46,6 +49,8 @@ def test_a_command_that_is_asked_to_end_has_the_time_for_its_last_checkpoint() -
 
 
 ALLOCATOR = """
+import os
+
 import ray
 
 from beats_ray.config import RaySettings
@@ -54,7 +59,7 @@ from beats_ray.launch import ray_cluster
 
 @ray.remote(num_cpus=0)
 def libraries():
-    return "libjemalloc" in open("/proc/self/maps").read()
+    return "libjemalloc" in open("/proc/self/maps").read(), os.environ.get("MALLOC_CONF")
 
 
 with ray_cluster(RaySettings(address="local", num_cpus=1, object_store_mib=100)):
@@ -62,10 +67,13 @@ with ray_cluster(RaySettings(address="local", num_cpus=1, object_store_mib=100))
 """
 
 
+@pytest.mark.skipif(JEMALLOC_SO is None, reason="Ray brings no jemalloc for this platform")
 def test_workers_of_a_private_cluster_allocate_with_jemalloc() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LD_PRELOAD"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LD_PRELOAD", "MALLOC"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", ALLOCATOR], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        check=False,
+        check=False, timeout=180,
     )  # fmt: skip
-    assert done.stdout == "[True, True]\n", done.stderr
+    assert done.stdout == f"{[(True, allocator_environment()['MALLOC_CONF'])] * 2}\n", done.stderr

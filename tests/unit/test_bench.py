@@ -5,7 +5,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from beats_ray import cli
-from beats_ray.bench import ceiling_cases, checkpoint_cases, measure, processes, suite
-from beats_ray.bench.cases import BENCHES, Case
+from beats_ray.bench import ceiling_cases, checkpoint_cases, measure, processes, stage_cases, suite
+from beats_ray.bench.cases import BENCHES, Case, Observation
 from beats_ray.bench.end_to_end_cases import observe
 from beats_ray.bench.energy import joules_per_clip
 from beats_ray.bench.measure import Failed, Measured, measure_case
@@ -23,7 +23,7 @@ from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.bench.released_formula import FormulaEncoder, per_clip_fbank
 from beats_ray.bench.run import figures, run_bench
 from beats_ray.bench.tokenize_cases import fitted_tokenizer, label_by_formula, label_clip_by_clip
-from beats_ray.config import BenchConfig, ConfigError
+from beats_ray.config import BenchConfig, ConfigError, RaySettings
 from beats_ray.console import Console
 from beats_ray.launch import allocator_environment
 from beats_ray.models import (
@@ -66,7 +66,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("name", sorted(set(BENCHES) - {"data", "end-to-end"}))  # those start a cluster
+@pytest.mark.parametrize(
+    "name",
+    [  # data and end-to-end start a cluster
+        *sorted(set(BENCHES) - {"data", "end-to-end", "compiled"}),
+        pytest.param("compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_every_case_is_measured_and_reported(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,29 +237,64 @@ def test_what_differs_on_one_device_alone_is_measured_there(monkeypatch: pytest.
 
 
 def test_ours_allocates_as_a_worker_does_and_others_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
+    """Whatever the caller's own variables are."""
+    monkeypatch.setenv("MALLOC_CONF", "narenas:7")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    seen: dict[str, object] = {}
 
-    def seen(_work: object, arguments: Any, _deadline: object, environment: Mapping[str, str]) -> Iterator[Measured]:
-        given[arguments[1][0]] = environment
+    def in_a_process(
+        _work: object, arguments: Any, _deadline: object, environment: Mapping[str, str | None]
+    ) -> Iterator[Measured]:
+        ((seen[arguments[1][0]],),) = (list(messages_from(send_variables, (), None, environment)),)
         yield measured(arguments[1][0], 1.0, 1)
 
-    monkeypatch.setattr(measure, "messages_from", seen)
-    measure.measure(BenchConfig(name="encoder", rounds=1), lambda _text: None)
+    monkeypatch.setattr(measure, "messages_from", in_a_process)
+    cases = ("beats_ray", "published formula", "published formula, our allocator")
+    measure.measure(BenchConfig(name="encoder", rounds=1, cases=cases), lambda _text: None)
     worker = allocator_environment()
-    assert "jemalloc" in worker["LD_PRELOAD"]
-    assert given["beats_ray"] == given["published formula, our allocator"] == worker
-    assert given["published formula"] == given["openbeats (ESPnet)"] == {}
-
-
-def test_variables_of_a_process_are_its_own_and_give_way_to_those_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BEATS_RAY_SET", "before")
-    got = messages_from(send_variables, (), environment={"BEATS_RAY_SET": "new", "BEATS_RAY_NEW": "new"})
-    assert list(got) == [("before", "new")]
-    assert "BEATS_RAY_NEW" not in os.environ
+    ours = (worker.get("LD_PRELOAD", ""), worker["MALLOC_CONF"])
+    assert seen == {cases[0]: ours, cases[1]: (None, None), cases[2]: ours}
+    assert os.environ["MALLOC_CONF"] == "narenas:7"
 
 
 def send_variables(send: Send) -> None:
-    send((os.environ["BEATS_RAY_SET"], os.environ["BEATS_RAY_NEW"]))
+    send((os.environ.get("LD_PRELOAD"), os.environ.get("MALLOC_CONF")))
+
+
+def test_a_stage_is_timed_after_it_has_gone_over_a_few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    open_clusters: list[RaySettings] = []
+
+    @contextlib.contextmanager
+    def cluster(settings: RaySettings) -> Iterator[None]:
+        open_clusters.append(settings)
+        yield
+        open_clusters.clear()
+
+    def stage(clips: int, scratch: Path) -> Callable[[], object]:
+        assert scratch.is_dir()
+        assert not open_clusters, "what the stage reads is made outside the time"
+
+        def run() -> None:
+            assert open_clusters
+            ran.append(clips)
+            time.sleep(0.5 if clips == stage_cases.FIRST_CLIPS else 0.1)
+
+        return run
+
+    monkeypatch.setattr("beats_ray.launch.ray_cluster", cluster)
+    observed = stage_cases._measured(stage, 640)()
+    assert isinstance(observed, Observation)
+    assert ran == [stage_cases.FIRST_CLIPS, 640]
+    assert observed.start_seconds >= 0.5 > observed.seconds >= 0.1
+    assert (observed.clips, observed.data_wait) == (640, None)
+
+
+def test_a_case_is_set_beside_one_of_its_own_benchmark() -> None:
+    for name, cases in BENCHES.items():
+        names = {case.name for case in cases}
+        assert len(names) == len(cases), name
+        assert {case.beside for case in cases} <= names | {""}, name
 
 
 def test_the_suite_measures_every_part_and_ends_with_one_table(

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from beats_ray.models import BeatsEncoder, build_encoder, compute_fbank, encoder_config, normalise_fbank
+from beats_ray.models import (
+    BeatsEncoder,
+    MaskedPatchPredictor,
+    build_encoder,
+    compute_fbank,
+    encoder_config,
+    normalise_fbank,
+    sample_patch_mask,
+)
+from beats_ray.models.transformer import TransformerStack
 
 pytestmark = pytest.mark.unit
 
@@ -174,6 +183,41 @@ def test_attention_backends_and_recomputation_agree_in_output_and_gradient(
         torch.testing.assert_close(features, results[0][0], atol=2e-5, rtol=1e-4)
         for mine, first in zip(gradients, results[0][1], strict=True):
             torch.testing.assert_close(mine, first, atol=1e-3 * float(first.abs().max()) + 1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pre_norm": True, "deep_norm": False},
+        {"layer_drop": 0.4},
+        {"dropout": 0.3},
+        {"activation_dropout": 0.3},
+        {"relative_bias_2d": True},
+    ],
+    ids=str,
+)
+def test_gradients_do_not_depend_on_what_is_computed_again(options: dict[str, Any]) -> None:
+    """Of the encoder and of a predictor behind it, whose last layer wants the masked patches alone."""
+    torch.manual_seed(0)
+    model = MaskedPatchPredictor(awake(build_encoder("tiny", **options))).train()
+    stacks = [one for one in model.modules() if isinstance(one, TransformerStack)]
+    for norm in (one for one in model.modules() if isinstance(one, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+        torch.nn.init.normal_(norm.bias, 0.0, 0.3)
+    fbank, is_pad = torch.randn(4, 96, 128), torch.zeros(4, 48, dtype=torch.bool)
+    mask = sample_patch_mask(is_pad, 0.5, torch.Generator())
+    gradients = []
+    for recompute in (False, True):
+        for stack in stacks:
+            stack.recompute = recompute
+            stack.use("clipwise")
+        torch.manual_seed(1)
+        loss = model(fbank, None, mask).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert len(stacks) == 2
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)
 
 
 @torch.no_grad()
