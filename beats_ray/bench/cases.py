@@ -316,14 +316,18 @@ def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
     return Case(name, build, workers=workers)
 
 
-def _stage(name: str, function: str, times: int = 1) -> Case:
-    """A case of `stage_cases` on so many times the clips."""
+def _of_stages(function: str, number: int) -> Callable[[BenchConfig], Step]:
+    """A step of `stage_cases`, with so many times the clips or so many trials."""
 
     def build(config: BenchConfig) -> Step:
-        made: Step = getattr(importlib.import_module("beats_ray.bench.stage_cases"), function)(config, times)
+        made: Step = getattr(importlib.import_module("beats_ray.bench.stage_cases"), function)(config, number)
         return made
 
-    return Case(name if times == 1 else f"{name}, {times}x the clips", build, beside=name)
+    return build
+
+
+def _stage(name: str, function: str, times: int = 1) -> Case:
+    return Case(name if times == 1 else f"{name}, {times}x the clips", _of_stages(function, times), beside=name)
 
 
 _WHOLE_STEP = "whole step of a worker, 75 % masked"
@@ -417,6 +421,8 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _pipeline("1 worker, 100x the clips", times=100),
         *(_stage("prepare", "prepare_stage", times) for times in (1, 10, 100)),
         *(_stage("labels", "labels_stage", times) for times in (1, 10, 100)),
+        Case("sweep of 4 trials", _of_stages("sweep_stage", 4), beside="sweep of 4 trials"),
+        Case("sweep of 16 trials", _of_stages("sweep_stage", 16), beside="sweep of 4 trials"),
     ),
     "finetune": (
         Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING, as_worker=True),

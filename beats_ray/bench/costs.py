@@ -2,7 +2,8 @@
 
 FLOPs are those of `train/flops.py`. Bytes are the least that goes to and from memory: everything that a layer keeps for
 the backward pass (`train/memory.py`) is written once and read once, weights are read in each pass, and their gradients
-written. Caches hold some of it back and kernels move more, so it is a yardstick and no count.
+written. Caches hold some of it back, kernels move more, and a CPU keeps less than a GPU, for which the formula is: a
+yardstick and no count.
 """
 
 from collections.abc import Callable

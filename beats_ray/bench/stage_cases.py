@@ -1,4 +1,5 @@
-"""The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips.
+"""The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips; and what a
+trial of a sweep costs beside its training, in sweeps of 4 and 16 trials of one step.
 
 A step is the stage as the command runs it, on a cluster of its own on this machine. Its start ends when the stage has
 gone over a few clips; actors of the labels stage are started anew for all of them, which is in the time of each row.
@@ -17,6 +18,8 @@ from beats_ray.bench.end_to_end_cases import STORE_MIB, peak_memory
 from beats_ray.config import BenchConfig, RaySettings
 
 FIRST_CLIPS = 16
+FIRST_TRIALS = 2
+SWEEP_CLIPS = 100
 
 
 def prepare_stage(config: BenchConfig, times: int) -> Step:
@@ -61,21 +64,70 @@ def labels_stage(config: BenchConfig, times: int) -> Step:
     return _measured(stage, config.num_clips * times)
 
 
-def _measured(stage: Callable[[int, Path], Callable[[], object]], clips: int) -> Step:
-    """stage: gives what runs it on so many clips, with a folder for whatever it needs and writes."""
+def sweep_stage(config: BenchConfig, trials: int) -> Step:
+    """Trials of one step on a labelled set of 100 clips, side by side as the machine allows."""
+    from rich.console import Console as RichConsole
+
+    from beats_ray.bench.cases import seeded_encoder
+    from beats_ray.config import PrepareConfig, SweepConfig
+    from beats_ray.console import Console
+    from beats_ray.data.prepare import prepare
+    from beats_ray.data.sample import make_sample_set
+    from beats_ray.data.storage import open_place
+    from beats_ray.inference import publish
+    from beats_ray.tune.sweep import run_sweep
+
+    def stage(trials: int, scratch: Path) -> Callable[[], object]:
+        encoder, source, dataset = scratch / "encoder", scratch / "source", scratch / "dataset"
+        if not encoder.exists():
+            publish(seeded_encoder(config.model_copy(update={"device": "cpu"})), open_place(str(encoder)))
+            make_sample_set(source, SWEEP_CLIPS, clip_seconds=config.seconds)
+        on_gpu = config.device == "cuda"
+        train = {"steps": 1, "warmup_steps": 0, "global_batch_size": 16, "micro_batch_size": 16, "use_gpu": on_gpu}
+        settings = SweepConfig.model_validate(
+            {
+                "output": str(scratch / f"sweep-{trials}"),
+                "encoder": str(encoder),
+                "data": {"path": str(dataset), "clip_seconds": config.seconds},
+                "finetune": {"validate_every_steps": 1, "train": train},
+                "sweep": {
+                    "num_trials": trials,
+                    "max_concurrent_trials": None,
+                    "space": {"train.learning_rate": {"distribution": "loguniform", "low": 1e-5, "high": 1e-3}},
+                },
+            }
+        )
+
+        def run() -> None:
+            prepare(PrepareConfig(kind="esc50", source=str(source), output=str(dataset)), lambda _done, _all: None)
+            run_sweep(settings, Console(RichConsole(stderr=True)))
+
+        return run
+
+    return _measured(stage, trials, FIRST_TRIALS, part="a trial")
+
+
+def _measured(
+    stage: Callable[[int, Path], Callable[[], object]], count: int, first_count: int = FIRST_CLIPS, part: str = ""
+) -> Step:
+    """stage: gives what runs it on so many clips, with a folder for whatever it needs and writes.
+
+    part: what the time of one is called, where they are no clips.
+    """
 
     def step() -> Observation:
         from beats_ray.launch import ray_cluster
 
         cores = os.cpu_count() or 1
         with tempfile.TemporaryDirectory(prefix="beats-ray-bench-") as scratch, peak_memory() as peak_mib:
-            first, whole = (stage(count, Path(scratch)) for count in (FIRST_CLIPS, clips))
+            first, whole = (stage(number, Path(scratch)) for number in (first_count, count))
             started = time.perf_counter()
             with ray_cluster(RaySettings(address="local", object_store_mib=STORE_MIB, num_cpus=2 * cores)):
                 first()
                 begun = time.perf_counter()
                 whole()
                 seconds = time.perf_counter() - begun
-            return Observation(seconds, begun - started, clips, peak_mib())
+            parts_s = {part: seconds / count} if part else {}
+            return Observation(seconds, begun - started, count, peak_mib(), parts_s=parts_s)
 
     return step

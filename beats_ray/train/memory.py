@@ -8,7 +8,8 @@ input; queries, keys, values; the attended values; both sums that are normalised
 of `ffn_width` and 4 numbers a head (the gate). Attention weights and GELU are computed again in the backward pass, so
 that only the relative bias is of the size (heads, patches, patches): one for all clips where these see the whole grid,
 one for each clip, with int64 offsets, in masked pre-training. With activation checkpointing a layer of the encoder
-keeps its input alone; those of the label predictor and the estimator are not checkpointed. A tokenizer also keeps,
+keeps its input alone; those of the label predictor and the estimator are not checkpointed. On a CPU a layer keeps two
+vectors less: the norms that its two blocks start from are computed again. A tokenizer also keeps,
 through a step, what its codebook will move by. The peak adds what a layer, or the head, needs for itself while its
 gradient is computed.
 
