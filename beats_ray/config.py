@@ -315,7 +315,8 @@ class TrainSettings(Section):
     seed: NonNegativeInt = 0
     """Seed of initialisation, masks, augmentation and data order."""
     log_every_steps: PositiveInt = 10
-    """Steps between two metric reports: the only moments at which the host waits for the device."""
+    """Steps between two metric reports, for which the host waits for the device, as it does in every step to learn
+    whether the gradient is finite."""
     checkpoint_every_steps: PositiveInt = 1000
     """Steps between two resume checkpoints."""
     keep_checkpoints: PositiveInt = 2
@@ -877,6 +878,9 @@ class BenchConfig(Section):
     """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
     micro_batch_size: PositiveInt = 4
     """Clips of a micro-batch of end-to-end, whose optimizer steps have four of them; for a GPU some 64."""
+    same_allocator: bool = False
+    """Whether on a CPU every process allocates memory as our workers do; else ours alone does, others as Python starts
+    them."""
     seed: int = 0
     """Seed of weights, clips and masks."""
     cases: tuple[str, ...] = ()

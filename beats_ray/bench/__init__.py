@@ -4,6 +4,7 @@
     beats-ray bench fbank clips=64 threads=1
     beats-ray bench pretrain --json
 
-Every case runs in a process of its own, so that its peak memory is its own; the cases take turns for several rounds,
-so that a busy machine slows all of them alike. Ratios within one run mean something on a shared machine, times do not.
+On a CPU every case runs in a process of its own, so that its peak memory is its own; the cases take turns for several
+rounds, so that a busy machine slows all of them alike. Ratios within one run mean something on a shared machine, times
+do not.
 """

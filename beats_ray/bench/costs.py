@@ -1,4 +1,4 @@
-"""What the stages of a BEATs run cost at the least, by formula: FLOPs and bytes of one step, for `bench ceilings`.
+"""What the stages of a BEATs run cost at the least, by formula: FLOPs and bytes of one step, for floors and MFU.
 
 FLOPs are those of `train/flops.py`. Bytes are the least that goes to and from memory: everything that a layer keeps for
 the backward pass (`train/memory.py`) is written once and read once, weights are read in each pass, and their gradients

@@ -1,7 +1,7 @@
 """The data plane beside what one would use instead: the same clips, as batches of 16 kHz int16 samples, once through.
 
-Every case reads the same FLAC bytes from local files and pads them alike. The bare limit is the decoder alone: one
-process that decodes bytes in memory, times the number of cores.
+The cases read the same FLAC bytes from local files and pad them alike. The bare limit is the decoder alone: one process
+that decodes them from memory, times the number of cores.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """One optimizer step of fine-tuning with 527 classes, beside the same encoder trained by plain PyTorch.
 
 Ours is the whole step of a worker: the copy of int16 samples, augmentation, filterbank, forward, backward, clipping and
-AdamW under the engine. The others start from waveforms on the device and augment nothing, so they do a little less.
-Layer drop is off, because a skipped layer would cost nothing. In bf16 ours has bf16 weights with fp32 masters
+AdamW under the engine. The others start from waveforms on the device and augment nothing, so they do a little less;
+their AdamW is PyTorch's as one calls it, which is not fused on a CPU. Layer drop is off, because a skipped layer would
+cost nothing. In bf16 ours has bf16 weights with fp32 masters
 (DeepSpeed); the others run under autocast.
 """
 

@@ -1,8 +1,9 @@
 """Measures the cases of a benchmark in turns, in processes of their own.
 
 On the CPU each case has one, so that its peak memory is its own; a step of ours allocates as a worker does, what it is
-compared with as Python starts it, unless its name says otherwise. On CUDA those of a benchmark share one, which saves
-most of a short run: the device's memory is counted from where a case begins, and what was compiled is forgotten.
+compared with as Python starts it, unless its name or `same_allocator` says otherwise. On CUDA those of a benchmark
+share one, which saves most of a short run: the device's memory is counted from where a case begins, and what was
+compiled is forgotten.
 """
 
 import gc
@@ -155,7 +156,8 @@ def _merged(rounds: list[Measured]) -> Measured:
 def _in_a_process(cases: list[Case], config: BenchConfig, deadline: float | None) -> Iterator[Measured | Failed]:
     """The result of each of the cases, as soon as it is there."""
     waiting = [case.name for case in cases]
-    environment = allocation(as_worker=all(case.as_worker for case in cases)) if config.device == "cpu" else {}
+    as_worker = config.same_allocator or all(case.as_worker for case in cases)
+    environment = allocation(as_worker) if config.device == "cpu" else {}
     try:
         for one in messages_from(_measure_all, (config, tuple(waiting)), deadline, environment):
             waiting.remove(one.case)

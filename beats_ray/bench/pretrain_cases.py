@@ -3,8 +3,9 @@
 Ours is the whole step of a worker: the copy of int16 samples, filterbank, masks, forward, backward, clipping and AdamW
 under the engine; labels come with the batch, as from iteration 2 on. The encoder sees a quarter of the patches, the
 label predictor all of them. The others start from waveforms on the device, encode every patch and predict the labels
-of three quarters of them with one linear layer, as masked prediction is done where nothing is left out (HuBERT). In
-bf16 ours has bf16 weights with fp32 masters (DeepSpeed); the others run under autocast.
+of three quarters of them with one linear layer, as masked prediction is done where nothing is left out (HuBERT). Their
+AdamW is PyTorch's as one calls it, which is not fused on a CPU. In bf16 ours has bf16 weights with fp32 masters
+(DeepSpeed); the others run under autocast.
 """
 
 from collections.abc import Callable

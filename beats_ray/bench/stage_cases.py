@@ -1,5 +1,5 @@
-"""The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips; and what a
-trial of a sweep costs beside its training, in sweeps of 4 and 16 trials of one step.
+"""The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips; and what one
+trial more costs a sweep, in sweeps of 4 and 16 trials of one step.
 
 A step is the stage as the command runs it, on a cluster of its own on this machine. Its start ends when the stage has
 gone over a few clips; actors of the labels stage are started anew for all of them, which is in the time of each row.

@@ -1,7 +1,9 @@
 """Patch labels as the labels stage computes them, from int16 samples in host memory to int16 labels there.
 
-Beside them stands what one would write: a filterbank for each clip by torchaudio, and the published formula. All run in
-fp32, as the labels stage does. Shapes: B clips, S samples, N patches, P values of a patch, D width, V codes.
+Beside them stands what one would write, from waveforms on the device: a filterbank for each clip by torchaudio, and the
+published formula. All run in fp32, as the labels stage does.
+
+Shapes: B clips, S samples, N patches, P values of a patch, D width, V codes.
 """
 
 from collections.abc import Callable

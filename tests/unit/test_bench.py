@@ -254,6 +254,8 @@ def test_ours_allocates_as_a_worker_does_and_others_as_python_does(monkeypatch: 
     worker = allocator_environment()
     ours = (worker.get("LD_PRELOAD", ""), worker["MALLOC_CONF"])
     assert seen == {cases[0]: ours, cases[1]: (None, None), cases[2]: ours}
+    measure.measure(BenchConfig(name="encoder", rounds=1, cases=cases, same_allocator=True), lambda _text: None)
+    assert seen == dict.fromkeys(cases, ours)
     assert os.environ["MALLOC_CONF"] == "narenas:7"
 
 
