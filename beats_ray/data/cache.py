@@ -8,7 +8,7 @@ and the content of the batches are those of `build_streams`, bit for bit. The cl
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -75,7 +75,7 @@ class ClipCache:
         world_size: int = 1,
         augment_crop: bool = True,
         pin_memory: bool = False,
-    ) -> Iterator[MicroBatch]:
+    ) -> Generator[MicroBatch]:
         """A rank's micro-batches of steps [start_step, stop_step): what the stream with these settings would bring.
 
         part: the clips, by default those of the settings' folds and splits. pin_memory: for a GPU, which then copies

@@ -179,11 +179,8 @@ class CachedBatches:
             world_size=self._context.world_size,
             pin_memory=on_gpu,
         )
-        if not on_gpu:
-            yield from batches
-            return
-        with closing(read_ahead(batches)) as ahead:
-            for batch in ahead:
+        with closing(read_ahead(batches) if on_gpu else batches) as made:
+            for batch in made:
                 yield batch.to(self._context.device)
 
     def held_out(self, part: HeldOut) -> Iterable[MicroBatch] | None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 SMALL = [
     "pretrain.encoder.overrides.num_layers=1",
     "pretrain.predictor.num_layers=1",
-    "pretrain.train.steps=60",
+    "pretrain.train.steps=40",
     "pretrain.train.warmup_steps=5",
     "pretrain.train.checkpoint_every_steps=10",
     "distill.encoder.overrides.num_layers=1",
@@ -57,7 +57,8 @@ class Demo:
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {MARK: self._mark},
+                # Beside other tests it would have next to nothing of the cores at the niceness of Ray's workers.
+                env=os.environ | {MARK: self._mark, "RAY_worker_niceness": "0"},
                 start_new_session=True,
             )
 

@@ -1,5 +1,6 @@
 """The stream from real shards: what is read, in which order it arrives, and that labels and crops stay together."""
 
+import contextlib
 import io
 import time
 from pathlib import Path
@@ -607,7 +608,11 @@ def test_the_coordinator_of_a_full_stream_takes_little_of_a_core(cluster: Embedd
 
 def coordinators() -> list[psutil.Process]:
     """The processes of this cluster's streams."""
-    return [one for one in psutil.Process().children(recursive=True) if "SplitCoordinator" in " ".join(one.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            found += [process] if "SplitCoordinator" in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.mark.ray
