@@ -115,7 +115,7 @@ def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path) -> None
 
 def check_training_went_on(demo: Demo, published_before: int) -> None:
     records = [json.loads(line) for line in (demo.run / "iteration-1/pretrain/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(10, 61, 10))
+    assert [record["step"] for record in records] == list(range(10, 41, 10))
     assert records[0]["train/loss"] > records[-1]["train/loss"]
     tensorboard = sorted(path.name for path in (demo.run / "iteration-1/pretrain/tensorboard").iterdir())
     resumed_at = [int(match[1]) for name in tensorboard if (match := re.search(r"\.step(\d+)$", name))]
