@@ -35,6 +35,10 @@ Step = Callable[[], float | Observation | None]
 """Does one unit of work; returns the seconds until its first result where that is a start and not the work itself."""
 
 
+PlainEncoder = Callable[[BenchConfig], tuple[Any, Callable[[], Any]]]
+"""Gives an encoder that is no part of ours, in training mode, and what gives its features_BND of the run's clips."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a step needs at the least, by formula."""
@@ -107,7 +111,7 @@ def training_process(config: BenchConfig) -> Any:
     return single_process_context(lambda _step, _metrics: None, use_gpu=config.device == "cuda")
 
 
-def engine_step(config: BenchConfig, task: Any, train: Any, batch: Any) -> Step:
+def engine_step(config: BenchConfig, task: Any, train: Any, batch: Any, compiled: bool = False) -> Step:
     """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated."""
     import torch
 
@@ -115,7 +119,7 @@ def engine_step(config: BenchConfig, task: Any, train: Any, batch: Any) -> Step:
     from beats_ray.train.engine import Engine
 
     context = training_process(config)
-    engine = Engine(task.module, train, task.depths())
+    engine = Engine(task.module, train.model_copy(update={"compile": compiled}), task.depths())
     generator = torch.Generator(context.device).manual_seed(config.seed)
 
     def step() -> None:
@@ -225,13 +229,8 @@ def _our_encoder(config: BenchConfig, keeps: bool = False, tap_by_tap: bool = Fa
     return training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS).features_BND)
 
 
-def _formula_encoder(config: BenchConfig) -> Step:
-    return training_step(config, *formula_encoder(config))
-
-
-def _openbeats_encoder(config: BenchConfig) -> Step:
-    theirs, features = openbeats_encoder(config)
-    return training_step(config, theirs, features)
+def _plain_encoder(config: BenchConfig, plain: PlainEncoder) -> Step:
+    return training_step(config, *plain(config))
 
 
 def formula_encoder(config: BenchConfig) -> tuple[Any, Callable[[], Any]]:
@@ -280,11 +279,11 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
     return build
 
 
-def _lazily(name: str, module: str = "data_cases") -> Callable[[BenchConfig], Step]:
+def _lazily(name: str, module: str = "data_cases", **options: Any) -> Callable[[BenchConfig], Step]:
     """A case of another module, imported in the case's own process."""
 
     def build(config: BenchConfig) -> Step:
-        made: Step = getattr(importlib.import_module(f"beats_ray.bench.{module}"), name)(config)
+        made: Step = getattr(importlib.import_module(f"beats_ray.bench.{module}"), name)(config, **options)
         return made
 
     return build
@@ -307,32 +306,37 @@ def _with_cost(name: str, key: str) -> Case:
 
 def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
     """A case of `end_to_end_cases`: so many workers on so many times the clips."""
-
-    def build(config: BenchConfig) -> Step:
-        from beats_ray.bench.end_to_end_cases import pipeline
-
-        return pipeline(config, workers, times)
-
-    return Case(name, build, workers=workers)
+    return Case(name, _lazily("pipeline", "end_to_end_cases", workers=workers, times=times), workers=workers)
 
 
-def _of_stages(function: str, number: int) -> Callable[[BenchConfig], Step]:
-    """A step of `stage_cases`, with so many times the clips or so many trials."""
-
-    def build(config: BenchConfig) -> Step:
-        made: Step = getattr(importlib.import_module("beats_ray.bench.stage_cases"), function)(config, number)
-        return made
-
-    return build
+def _stage(name: str, function: str, times: int) -> Case:
+    """A case of `stage_cases` on so many times the clips, beside that on them once."""
+    build = _lazily(function, "stage_cases", times=times)
+    return Case(name if times == 1 else f"{name}, {times}x the clips", build, beside=name)
 
 
-def _stage(name: str, function: str, times: int = 1) -> Case:
-    return Case(name if times == 1 else f"{name}, {times}x the clips", _of_stages(function, times), beside=name)
+def _sweep(trials: int) -> Case:
+    build = _lazily("sweep_stage", "stage_cases", trials=trials)
+    return Case(f"sweep of {trials} trials", build, beside="sweep of 4 trials")
+
+
+def _pretraining_step(name: str, beside: str, compiled: bool = False) -> Case:
+    """Ours, whole."""
+    build = _lazily("our_step", "pretrain_cases", compiled=compiled)
+    return Case(name, build, cost=_cost("pretraining_step"), beside=beside, as_worker=True)
+
+
+def _finetuning_step(name: str, beside: str, compiled: bool = False) -> Case:
+    """Ours, whole."""
+    build = _lazily("our_step", "finetune_cases", compiled=compiled)
+    return Case(name, build, cost=_FINETUNING, beside=beside, as_worker=True)
 
 
 _WHOLE_STEP = "whole step of a worker, 75 % masked"
 _PRETRAINING = "pre-training step, 75 % masked"
 _FINE_TUNING = "fine-tuning step, 527 classes"
+_FORMULA_STEP = partial(_plain_encoder, plain=formula_encoder)
+_OPENBEATS_STEP = partial(_plain_encoder, plain=openbeats_encoder)
 _ENCODER = _cost("encoder_step")
 _FINETUNING = _cost("finetuning_step")
 _RANDOM_LABELS = _cost("random_labels")
@@ -361,32 +365,10 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         Case("a checkpoint every 10, training waits", _lazily("while_training_waits", "checkpoint_cases")),
     ),
     "compiled": (
-        Case(
-            _PRETRAINING,
-            _lazily("whole_step", "pretrain_cases"),
-            cost=_cost("pretraining_step"),
-            as_worker=True,
-        ),
-        Case(
-            "pre-training step, compiled",
-            _lazily("compiled_step", "pretrain_cases"),
-            cost=_cost("pretraining_step"),
-            as_worker=True,
-        ),
-        Case(
-            _FINE_TUNING,
-            _lazily("our_step", "finetune_cases"),
-            cost=_FINETUNING,
-            beside=_FINE_TUNING,
-            as_worker=True,
-        ),
-        Case(
-            "fine-tuning step, compiled",
-            _lazily("compiled_step", "finetune_cases"),
-            cost=_FINETUNING,
-            beside=_FINE_TUNING,
-            as_worker=True,
-        ),
+        _pretraining_step(_PRETRAINING, beside=_PRETRAINING),
+        _pretraining_step("pre-training step, compiled", beside=_PRETRAINING, compiled=True),
+        _finetuning_step(_FINE_TUNING, beside=_FINE_TUNING),
+        _finetuning_step("fine-tuning step, compiled", beside=_FINE_TUNING, compiled=True),
     ),
     "data": (
         Case("bare limit: decoder x cores", _lazily("bare_limit")),
@@ -401,12 +383,12 @@ BENCHES: dict[str, tuple[Case, ...]] = {
             "beats_ray, convolution tap by tap", partial(_our_encoder, tap_by_tap=True), cost=_ENCODER, as_worker=True
         ),
         Case("beats_ray, flex attention", partial(_our_encoder, flex=True), cost=_ENCODER, only_on="cuda"),
-        Case("published formula", _formula_encoder, cost=_ENCODER),
-        Case("openbeats (ESPnet)", _openbeats_encoder, package="openbeats", cost=_ENCODER),
-        Case("published formula, our allocator", _formula_encoder, cost=_ENCODER, as_worker=True, only_on="cpu"),
+        Case("published formula", _FORMULA_STEP, cost=_ENCODER),
+        Case("openbeats (ESPnet)", _OPENBEATS_STEP, package="openbeats", cost=_ENCODER),
+        Case("published formula, our allocator", _FORMULA_STEP, cost=_ENCODER, as_worker=True, only_on="cpu"),
         Case(
             "openbeats (ESPnet), our allocator",
-            _openbeats_encoder,
+            _OPENBEATS_STEP,
             package="openbeats",
             cost=_ENCODER,
             as_worker=True,
@@ -421,13 +403,18 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _pipeline("1 worker, 100x the clips", times=100),
         *(_stage("prepare", "prepare_stage", times) for times in (1, 10, 100)),
         *(_stage("labels", "labels_stage", times) for times in (1, 10, 100)),
-        Case("sweep of 4 trials", _of_stages("sweep_stage", 4), beside="sweep of 4 trials"),
-        Case("sweep of 16 trials", _of_stages("sweep_stage", 16), beside="sweep of 4 trials"),
+        _sweep(trials=4),
+        _sweep(trials=16),
     ),
     "finetune": (
-        Case("beats_ray", _lazily("our_step", "finetune_cases"), cost=_FINETUNING, as_worker=True),
-        Case("published formula", _lazily("formula_step", "finetune_cases"), cost=_FINETUNING),
-        Case("openbeats (ESPnet)", _lazily("openbeats_step", "finetune_cases"), package="openbeats", cost=_FINETUNING),
+        _finetuning_step("beats_ray", beside=""),
+        Case("published formula", _lazily("pooled_step", "finetune_cases", plain=formula_encoder), cost=_FINETUNING),
+        Case(
+            "openbeats (ESPnet)",
+            _lazily("pooled_step", "finetune_cases", plain=openbeats_encoder),
+            package="openbeats",
+            cost=_FINETUNING,
+        ),
     ),
     "pretrain": (
         Case("75 % masked, true positions", _masked_step("true"), cost=_cost("masked_encoder_step"), as_worker=True),
@@ -438,22 +425,16 @@ BENCHES: dict[str, tuple[Case, ...]] = {
             as_worker=True,
         ),
         Case("nothing masked", _our_encoder, cost=_ENCODER, as_worker=True),
-        Case(
-            _WHOLE_STEP,
-            _lazily("whole_step", "pretrain_cases"),
-            cost=_cost("pretraining_step"),
-            beside=_WHOLE_STEP,
-            as_worker=True,
-        ),
+        _pretraining_step(_WHOLE_STEP, beside=_WHOLE_STEP),
         Case(
             "whole step on every patch, published formula",
-            _lazily("formula_step", "pretrain_cases"),
+            _lazily("every_patch_step", "pretrain_cases", plain=formula_encoder),
             cost=_cost("every_patch_step"),
             beside=_WHOLE_STEP,
         ),
         Case(
             "whole step on every patch, openbeats (ESPnet)",
-            _lazily("openbeats_step", "pretrain_cases"),
+            _lazily("every_patch_step", "pretrain_cases", plain=openbeats_encoder),
             package="openbeats",
             cost=_cost("every_patch_step"),
             beside=_WHOLE_STEP,

@@ -3,55 +3,38 @@
 Ours is the whole step of a worker: the copy of int16 samples, augmentation, filterbank, forward, backward, clipping and
 AdamW under the engine. The others start from waveforms on the device and augment nothing, so they do a little less;
 their AdamW is PyTorch's as one calls it, which is not fused on a CPU. Layer drop is off, because a skipped layer would
-cost nothing. In bf16 ours has bf16 weights with fp32 masters
-(DeepSpeed); the others run under autocast.
+cost nothing. In bf16 ours has bf16 weights with fp32 masters (DeepSpeed); the others run under autocast.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from beats_ray.bench.cases import (
-    Step,
-    engine_step,
-    formula_encoder,
-    int16_batch,
-    openbeats_encoder,
-    plain_step,
-    seeded_encoder,
-)
+from beats_ray.bench.cases import PlainEncoder, Step, engine_step, int16_batch, plain_step, seeded_encoder
 from beats_ray.bench.costs import CLASSES, finetune_settings, labels
 from beats_ray.config import BenchConfig
 
 
 def our_step(config: BenchConfig, compiled: bool = False) -> Step:
     """compiled: by PyTorch's compiler (`train.compile`)."""
+    return engine_step(config, *our_task(config), compiled=compiled)
+
+
+def our_task(config: BenchConfig) -> tuple[Any, Any, Any]:
+    """The task, the settings of its training, and a batch in host memory."""
     import torch
 
     from beats_ray.train.finetune import FinetuneTask
 
     settings = finetune_settings(config)
     task = FinetuneTask(settings, seeded_encoder(config), labels())
-    batch = replace(int16_batch(config), targets_BC=_targets(config).to(torch.uint8))
-    return engine_step(config, task, settings.train.model_copy(update={"compile": compiled}), batch)
+    return task, settings.train, replace(int16_batch(config), targets_BC=_targets(config).to(torch.uint8))
 
 
-def compiled_step(config: BenchConfig) -> Step:
-    return our_step(config, compiled=True)
-
-
-def formula_step(config: BenchConfig) -> Step:
-    return _pooled(config, *formula_encoder(config))
-
-
-def openbeats_step(config: BenchConfig) -> Step:
-    return _pooled(config, *openbeats_encoder(config))
-
-
-def _pooled(config: BenchConfig, encoder: Any, features: Callable[[], Any]) -> Step:
+def pooled_step(config: BenchConfig, plain: PlainEncoder) -> Step:
     """The encoder with a mean-pooled head."""
     import torch.nn.functional as F
 
+    encoder, features = plain(config)
     targets_BC = _targets(config).to(config.device)
 
     def loss(head: Any) -> Any:

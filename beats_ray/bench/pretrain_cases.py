@@ -8,24 +8,21 @@ AdamW is PyTorch's as one calls it, which is not fused on a CPU. In bf16 ours ha
 (DeepSpeed); the others run under autocast.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from beats_ray.bench.cases import (
-    Step,
-    engine_step,
-    formula_encoder,
-    int16_batch,
-    openbeats_encoder,
-    plain_step,
-)
+from beats_ray.bench.cases import PlainEncoder, Step, engine_step, int16_batch, plain_step
 from beats_ray.bench.costs import CODES, MASKED, pretrain_settings
 from beats_ray.config import BenchConfig
 
 
-def whole_step(config: BenchConfig, compiled: bool = False) -> Step:
-    """Ours; compiled: by PyTorch's compiler (`train.compile`)."""
+def our_step(config: BenchConfig, compiled: bool = False) -> Step:
+    """compiled: by PyTorch's compiler (`train.compile`)."""
+    return engine_step(config, *our_task(config), compiled=compiled)
+
+
+def our_task(config: BenchConfig) -> tuple[Any, Any, Any]:
+    """The task, the settings of its training, and a batch in host memory."""
     import torch
 
     from beats_ray.train.pretrain import PretrainTask
@@ -33,26 +30,14 @@ def whole_step(config: BenchConfig, compiled: bool = False) -> Step:
     settings = pretrain_settings(config)
     torch.manual_seed(config.seed)
     task = PretrainTask(settings, CODES, None)
-    batch = replace(int16_batch(config), patch_labels_BN=_labels(config).to(torch.int16))
-    return engine_step(config, task, settings.train.model_copy(update={"compile": compiled}), batch)
+    return task, settings.train, replace(int16_batch(config), patch_labels_BN=_labels(config).to(torch.int16))
 
 
-def compiled_step(config: BenchConfig) -> Step:
-    return whole_step(config, compiled=True)
-
-
-def formula_step(config: BenchConfig) -> Step:
-    return _every_patch(config, *formula_encoder(config))
-
-
-def openbeats_step(config: BenchConfig) -> Step:
-    return _every_patch(config, *openbeats_encoder(config))
-
-
-def _every_patch(config: BenchConfig, encoder: Any, features: Callable[[], Any]) -> Step:
+def every_patch_step(config: BenchConfig, plain: PlainEncoder) -> Step:
     import torch
     import torch.nn.functional as F
 
+    encoder, features = plain(config)
     labels_BN = _labels(config).to(config.device)
     order_N = torch.randperm(labels_BN.shape[1], generator=torch.Generator().manual_seed(config.seed))
     targets_K = order_N[: round(MASKED * labels_BN.shape[1])].to(config.device)

@@ -17,7 +17,7 @@ from typing import Any
 
 from beats_ray.bench.kernels import ANNOTATED, FILTERBANK, Kernel, Span, shares, top_kernels, window_us
 from beats_ray.bench.measure import allocation
-from beats_ray.bench.pretrain_cases import whole_step
+from beats_ray.bench.pretrain_cases import our_step
 from beats_ray.bench.processes import Lost, Send, messages_from
 from beats_ray.config import BenchConfig
 from beats_ray.console import Console
@@ -95,7 +95,7 @@ def profile_step(config: BenchConfig) -> Profile:
     torch.set_num_threads(config.threads)
     is_cuda = config.device == "cuda"
     with _annotated_filterbank():
-        step = whole_step(config)
+        step = our_step(config)
         for _ in range(max(1, config.warmup)):
             step()
         if is_cuda:

@@ -6,16 +6,18 @@ gone over a few clips; actors of the labels stage are started anew for all of th
 Labels are those of a distilled tokenizer of the run's encoder with random weights.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console as RichConsole
+
 from beats_ray.bench.cases import Observation, Step
 from beats_ray.bench.data_cases import encoded_clips, write_shards
 from beats_ray.bench.end_to_end_cases import STORE_MIB, peak_memory
 from beats_ray.config import BenchConfig, RaySettings
+from beats_ray.console import Console
 
 FIRST_CLIPS = 16
 FIRST_TRIALS = 2
@@ -40,11 +42,8 @@ def prepare_stage(config: BenchConfig, times: int) -> Step:
 
 def labels_stage(config: BenchConfig, times: int) -> Step:
     """A prepared data set to patch labels."""
-    from rich.console import Console as RichConsole
-
     from beats_ray.bench.tokenize_cases import fitted_tokenizer
     from beats_ray.config import StreamSettings, TokenizeConfig
-    from beats_ray.console import Console
     from beats_ray.data.storage import open_place
     from beats_ray.inference import publish
     from beats_ray.tokenize import run_tokenize
@@ -59,18 +58,15 @@ def labels_stage(config: BenchConfig, times: int) -> Step:
             tokenizer=str(tokenizer),
             use_gpu=config.device == "cuda",
         )
-        return lambda: run_tokenize(settings, Console(RichConsole(stderr=True)))  # stdout may be one JSON object
+        return lambda: run_tokenize(settings, _on_stderr())
 
     return _measured(stage, config.num_clips * times)
 
 
 def sweep_stage(config: BenchConfig, trials: int) -> Step:
     """Trials of one step on a labelled set of 100 clips, side by side as the machine allows."""
-    from rich.console import Console as RichConsole
-
     from beats_ray.bench.cases import seeded_encoder
     from beats_ray.config import PrepareConfig, SweepConfig
-    from beats_ray.console import Console
     from beats_ray.data.prepare import prepare
     from beats_ray.data.sample import make_sample_set
     from beats_ray.data.storage import open_place
@@ -100,11 +96,15 @@ def sweep_stage(config: BenchConfig, trials: int) -> Step:
 
         def run() -> None:
             prepare(PrepareConfig(kind="esc50", source=str(source), output=str(dataset)), lambda _done, _all: None)
-            run_sweep(settings, Console(RichConsole(stderr=True)))
+            run_sweep(settings, _on_stderr())
 
         return run
 
     return _measured(stage, trials, FIRST_TRIALS, part="a trial")
+
+
+def _on_stderr() -> Console:
+    return Console(RichConsole(stderr=True))  # stdout may be one JSON object
 
 
 def _measured(
@@ -118,11 +118,10 @@ def _measured(
     def step() -> Observation:
         from beats_ray.launch import ray_cluster
 
-        cores = os.cpu_count() or 1
         with tempfile.TemporaryDirectory(prefix="beats-ray-bench-") as scratch, peak_memory() as peak_mib:
             first, whole = (stage(number, Path(scratch)) for number in (first_count, count))
             started = time.perf_counter()
-            with ray_cluster(RaySettings(address="local", object_store_mib=STORE_MIB, num_cpus=2 * cores)):
+            with ray_cluster(RaySettings(address="local", object_store_mib=STORE_MIB)):
                 first()
                 begun = time.perf_counter()
                 whole()

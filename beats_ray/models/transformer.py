@@ -61,16 +61,15 @@ class TransformerLayer(nn.Module):
             attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
         if self.pre_norm:
             x_BND = residual + attended
-            return x_BND + self._feed_forward(
-                self.final_layer_norm(x_BND), self.final_layer_norm, recompute, norms_again
-            )
+            normed = self.final_layer_norm(x_BND)
+            return x_BND + self._feed_forward(normed, self.final_layer_norm if norms_again else None, recompute)
         x_BND = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
-        fed = self._feed_forward(x_BND, self.self_attn_layer_norm, recompute, norms_again)
+        fed = self._feed_forward(x_BND, self.self_attn_layer_norm if norms_again else None, recompute)
         out: Tensor = self.final_layer_norm(torch.add(fed, x_BND, alpha=self.residual_scale))
         return out
 
-    def _feed_forward(self, x_BND: Tensor, norm_before: nn.LayerNorm, recompute: bool, norms_again: bool) -> Tensor:
-        with norm_again(x_BND, norm_before if norms_again else None):
+    def _feed_forward(self, x_BND: Tensor, norm_before: nn.LayerNorm | None, recompute: bool) -> Tensor:
+        with norm_again(x_BND, norm_before):
             hidden = F.gelu(self.fc1(x_BND))
         if self.training and self.activation_dropout:
             hidden = F.dropout(hidden, self.activation_dropout)

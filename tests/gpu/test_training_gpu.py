@@ -1,15 +1,13 @@
 """A worker's whole steps on a CUDA device: copy, filterbank, module and engine. Run by `make test-gpu`."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from beats_ray.bench.cases import engine_step, int16_batch, seeded_encoder
-from beats_ray.bench.costs import CODES, finetune_settings, labels, pretrain_settings
+from beats_ray.bench import finetune_cases, pretrain_cases
+from beats_ray.bench.cases import engine_step, int16_batch
 from beats_ray.config import BenchConfig
-from beats_ray.models import num_patches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,33 +21,13 @@ def settings(precision: Any = "bf16") -> BenchConfig:
     return BenchConfig(name="pretrain", preset="tiny", clips=8, seconds=5.0, device="cuda", precision=precision)
 
 
-def pretraining(config: BenchConfig) -> tuple[Any, Any, Any]:
-    from beats_ray.train.pretrain import PretrainTask
-
-    run = pretrain_settings(config)
-    patch_labels_BN = torch.randint(CODES, (config.num_clips, num_patches(80_000)), dtype=torch.int16)
-    return PretrainTask(run, CODES, None), run.train, replace(int16_batch(config), patch_labels_BN=patch_labels_BN)
-
-
-def finetuning(config: BenchConfig) -> tuple[Any, Any, Any]:
-    from beats_ray.train.finetune import FinetuneTask
-
-    run, manifest = finetune_settings(config), labels()
-    targets_BC = torch.eye(len(manifest.label_names), dtype=torch.uint8)[: config.num_clips]
-    return (
-        FinetuneTask(run, seeded_encoder(config), manifest),
-        run.train,
-        replace(int16_batch(config), targets_BC=targets_BC),
-    )
-
-
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("build", [pretraining, finetuning])
-def test_a_worker_moves_finite_weights(build: Any, precision: str, ema_decay: float) -> None:
+@pytest.mark.parametrize("cases", [pretrain_cases, finetune_cases])
+def test_a_worker_moves_finite_weights(cases: Any, precision: str, ema_decay: float) -> None:
     pytest.importorskip("deepspeed", reason="the engine's package is not installed")
     config = settings(precision)
-    task, train, batch = build(config)
+    task, train, batch = cases.our_task(config)
     train = train.model_copy(update={"ema_decay": ema_decay, "warmup_steps": 0, "learning_rate": 1e-2})
     step = engine_step(config, task, train, batch)
     before = [one.detach().clone() for one in task.module.parameters() if one.requires_grad]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from beats_ray.bench import ceiling_cases, costs, pretrain_cases
-from beats_ray.bench.cases import BENCHES, Cost
+from beats_ray.bench.cases import BENCHES, Cost, Step, formula_encoder
 from beats_ray.bench.floor import find_floors
 from beats_ray.bench.measure import Measured
 from beats_ray.config import BenchConfig, FinetuneConfig
@@ -41,21 +41,20 @@ def spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_formula_s_flops_are_those_of_the_step(name: str) -> None:
     """Beyond them the counter sees one place more of the position convolution, which is thrown away."""
     step = getattr(ceiling_cases, name)(CONFIG)
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
-    ) as counter:
-        step()
-    assert 1.0 <= counter.get_total_flops() / costs.COSTS[name](CONFIG).flops < 1.01
+    assert 1.0 <= counted_flops(step) / costs.COSTS[name](CONFIG).flops < 1.01
 
 
 def test_the_flops_of_a_step_on_every_patch_are_those_of_the_step() -> None:
     """Beyond them the counter sees the filterbank's product too."""
-    step = pretrain_cases.formula_step(CONFIG)
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
-    ) as counter:
+    step = pretrain_cases.every_patch_step(CONFIG, formula_encoder)
+    assert 1.0 <= counted_flops(step) / costs.every_patch_step_cost(CONFIG).flops < 1.02
+
+
+def counted_flops(step: Step) -> int:
+    mapping = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         step()
-    assert 1.0 <= counter.get_total_flops() / costs.every_patch_step_cost(CONFIG).flops < 1.02
+    return counter.get_total_flops()
 
 
 def _conv_backward(grad: list[int], _x: list[int], w: list[int], *_: object, **__: object) -> int:
