@@ -85,7 +85,7 @@ $(STAMP): pyproject.toml constraints.txt
 	mirror=$$($(BIN)/python -m pip config list | sed -n "s/^[^=]*[.]index-url='\(.*\)'$$/\1/p" | tail -n 1); \
 	if [ -n "$$mirror" ] && [ -z "$${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$$mirror"; fi; \
 	export VIRTUAL_ENV="$$PWD/.venv" UV_HTTP_TIMEOUT=300; \
-	$(BIN)/uv pip install --quiet --link-mode hardlink -r constraints.txt; \
+	$(BIN)/uv pip install --quiet --link-mode hardlink --compile-bytecode -r constraints.txt; \
 	$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .; \
 	touch $(STAMP)
 

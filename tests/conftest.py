@@ -8,6 +8,7 @@ import pytest
 
 KINDS = ("unit", "ray", "slow", "gpu")
 
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # at Ray's 15 its workers starve beside another test
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 for _name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"):
     os.environ[_name] = os.devnull

@@ -1,6 +1,7 @@
-"""The whole chain for real: object store, Ray Data, two Ray Train workers, DeepSpeed, two iterations, sweeps, report.
+"""The whole chain for real: object store, Ray Data, two Ray Train workers, DeepSpeed, iterations, sweeps, report.
 
 One small run is interrupted by Ctrl-C in the middle of its first pre-training and started again with the same command.
+A single iteration goes through every stage where an encoder is given to distil its tokenizer from; two are slow.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from beats_ray.data.sample import make_sample_set
+from beats_ray.models import BeatsEncoder, encoder_config, save_model
 from tests.support.marked import MARK, marked_processes
 
 pytestmark = pytest.mark.ray
@@ -44,12 +46,12 @@ SMALL = [
 class Demo:
     """The demo as a user runs it, in a process group of its own; every process below it carries a mark."""
 
-    def __init__(self, data: Path, output: Path) -> None:
+    def __init__(self, data: Path, output: Path, settings: list[str]) -> None:
         self.run = output / "store" / "buckets" / "beats" / "run"
         self.log = output.with_suffix(".log")
         self._mark = uuid.uuid4().hex
         options = ["--data", str(data), "--output", str(output)]
-        self._command = [sys.executable, "-m", "beats_ray", "demo", *options, *SMALL]
+        self._command = [sys.executable, "-m", "beats_ray", "demo", *options, *SMALL, *settings]
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
@@ -57,8 +59,7 @@ class Demo:
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Beside other tests it would have next to nothing of the cores at the niceness of Ray's workers.
-                env=os.environ | {MARK: self._mark, "RAY_worker_niceness": "0"},
+                env=os.environ | {MARK: self._mark},
                 start_new_session=True,
             )
 
@@ -87,10 +88,15 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float, demo:
 
 
 @pytest.mark.timeout(1200)
-def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    data = tmp_path / "clips"
+@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path, iterations: int) -> None:
+    data, start = tmp_path / "clips", tmp_path / "encoder"
     make_sample_set(data, num_clips=50)
-    demo = Demo(data, tmp_path / "demo")
+    settings = []
+    if iterations == 1:
+        save_model(BeatsEncoder(encoder_config("tiny", num_layers=1)), start)
+        settings = ["iterations=1", f"start.encoder={start}"]
+    demo = Demo(data, tmp_path / "demo", settings)
 
     first = demo.start()
     wait_for(demo.run / "iteration-1/pretrain/stage.json", first, 400, demo)
@@ -110,7 +116,7 @@ def test_demo_stops_cleanly_and_goes_on_where_it_stopped(tmp_path: Path) -> None
     assert demo.marked_processes() == []
 
     check_training_went_on(demo, published_before)
-    check_results(demo)
+    check_results(demo, iterations)
 
 
 def check_training_went_on(demo: Demo, published_before: int) -> None:
@@ -124,14 +130,14 @@ def check_training_went_on(demo: Demo, published_before: int) -> None:
     assert (demo.run / "iteration-1/tokenizer/model/model.safetensors").stat().st_mtime_ns == published_before
 
 
-def check_results(demo: Demo) -> None:
+def check_results(demo: Demo, iterations: int) -> None:
     for stage in ("tokenizer", "labels", "pretrain", "probe", "sweep"):
-        found = json.loads((demo.run / "iteration-2" / stage / "stage.json").read_text())
+        found = json.loads((demo.run / f"iteration-{iterations}" / stage / "stage.json").read_text())
         assert found["status"] == "complete", stage
-    for iteration in (0, 1, 2):
+    for iteration in range(iterations + 1):
         accuracy = json.loads((demo.run / f"iteration-{iteration}/probe/evaluation.json").read_text())
         assert 0.0 < accuracy["accuracy"] <= 1.0
-    board = json.loads((demo.run / "iteration-2/sweep/leaderboard.json").read_text())
+    board = json.loads((demo.run / f"iteration-{iterations}/sweep/leaderboard.json").read_text())
     assert len(board["trials"]) == 2
     assert board["best"]["test_accuracy"] is not None
     report = (demo.run / "report.html").read_text()

@@ -141,7 +141,7 @@ def test_batch_inference_asks_again_and_sees_every_clip_once(dataset: str, proxy
 
     place = open_place(dataset)
     proxy.counts.clear()
-    proxy.rates = FaultRates(errors=0.3, statuses=(501,))  # so that asking again is not pyarrow's doing
+    proxy.rates = FaultRates(errors=0.1, statuses=(501,))  # so that asking again is not pyarrow's doing
     clips = Counter(
         clip_id
         for table in map_clips(place, with_retries(lambda: read_manifest(place), 60.0), Lengths, num_workers=1)
