@@ -851,11 +851,12 @@ class BenchConfig(Section):
     """Benchmarks with other defaults than those below."""
 
     name: Literal[
-        "ceilings", "checkpoint", "compiled", "data", "encoder", "end-to-end", "fbank", "finetune", "gpu", "pretrain",
-        "profile", "tokenize",
+        "ceilings", "checkpoint", "compiled", "data", "encoder", "end-to-end", "fbank", "finetune", "gpu", "padding",
+        "pretrain", "profile", "tokenize",
     ]  # fmt: skip
     """What is measured. `gpu` is all of it that needs no cluster, on a GPU: bf16, 10 repetitions after 3 of warm-up,
-    one round; `profile` names the kernels of the pre-training step (5 repetitions after 3)."""
+    one round; `profile` names the kernels of the pre-training step (5 repetitions after 3); `padding` has clips of a
+    quarter of `seconds` to all of it."""
     preset: Literal["tiny", "mini", "small", "base", "large"] = "base"
     """Size of the encoder; by default tiny for end-to-end."""
     clips: PositiveInt | None = None

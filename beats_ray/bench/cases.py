@@ -7,9 +7,9 @@ the models are imported in the case's own process only.
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from beats_ray.config import BenchConfig
 
@@ -79,6 +79,10 @@ class Case:
         return self.only_on in ("", device)
 
 
+Padding = Literal["none", "left out", "computed"]
+"""Whether clips have some, and whether the layers compute it."""
+
+
 def int16_batch(config: BenchConfig) -> Any:
     """A micro-batch of the run's clips as a stream gives it, in host memory, pinned where a GPU is to read it."""
     import numpy as np
@@ -111,13 +115,26 @@ def training_process(config: BenchConfig) -> Any:
     return single_process_context(lambda _step, _metrics: None, use_gpu=config.device == "cuda")
 
 
-def engine_step(config: BenchConfig, task: Any, train: Any, batch: Any, compiled: bool = False) -> Step:
-    """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated."""
+def engine_step(
+    config: BenchConfig, task: Any, train: Any, batch: Any, *, compiled: bool = False, padding: Padding = "none"
+) -> Step:
+    """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated.
+
+    compiled: by PyTorch's compiler (`train.compile`). padding: of a batch that has some, a clip has a quarter of the
+    length, another all of it, and the rest lie between, in equal steps.
+    """
     import torch
 
     from beats_ray.bench.kernels import OPTIMIZER
+    from beats_ray.models.transformer import TransformerStack
     from beats_ray.train.engine import Engine
 
+    if padding != "none":
+        shares_B = torch.linspace(0.25, 1.0, len(batch.num_samples_B))
+        batch = replace(batch, num_samples_B=(batch.num_samples_B * shares_B).long())
+        for stack in task.module.modules():
+            if padding == "computed" and isinstance(stack, TransformerStack):
+                stack.packed_below = 0.0
     context = training_process(config)
     engine = Engine(task.module, train.model_copy(update={"compile": compiled}), task.depths())
     generator = torch.Generator(context.device).manual_seed(config.seed)
@@ -320,6 +337,12 @@ def _sweep(trials: int) -> Case:
     return Case(f"sweep of {trials} trials", build, beside="sweep of 4 trials")
 
 
+def _padded(name: str, module: str, padding: Padding) -> Case:
+    """Our whole step on clips of unequal lengths."""
+    build = _lazily("our_step", module, padding=padding)
+    return Case(f"{name}, padding {padding}", build, beside=f"{name}, padding left out", as_worker=True)
+
+
 def _pretraining_step(name: str, beside: str, compiled: bool = False) -> Case:
     """Ours, whole."""
     build = _lazily("our_step", "pretrain_cases", compiled=compiled)
@@ -415,6 +438,12 @@ BENCHES: dict[str, tuple[Case, ...]] = {
             package="openbeats",
             cost=_FINETUNING,
         ),
+    ),
+    "padding": (
+        _padded("pre-training step", "pretrain_cases", "left out"),
+        _padded("pre-training step", "pretrain_cases", "computed"),
+        _padded("fine-tuning step", "finetune_cases", "left out"),
+        _padded("fine-tuning step", "finetune_cases", "computed"),
     ),
     "pretrain": (
         Case("75 % masked, true positions", _masked_step("true"), cost=_cost("masked_encoder_step"), as_worker=True),

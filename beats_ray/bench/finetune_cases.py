@@ -14,9 +14,9 @@ from beats_ray.bench.costs import CLASSES, finetune_settings, labels
 from beats_ray.config import BenchConfig
 
 
-def our_step(config: BenchConfig, compiled: bool = False) -> Step:
-    """compiled: by PyTorch's compiler (`train.compile`)."""
-    return engine_step(config, *our_task(config), compiled=compiled)
+def our_step(config: BenchConfig, **options: Any) -> Step:
+    """options: of `engine_step`."""
+    return engine_step(config, *our_task(config), **options)
 
 
 def our_task(config: BenchConfig) -> tuple[Any, Any, Any]:

@@ -157,17 +157,21 @@ def _in_a_process(cases: list[Case], config: BenchConfig, deadline: float | None
     """The result of each of the cases, as soon as it is there."""
     waiting = [case.name for case in cases]
     as_worker = config.same_allocator or all(case.as_worker for case in cases)
-    environment = allocation(as_worker) if config.device == "cpu" else {}
     try:
-        for one in messages_from(_measure_all, (config, tuple(waiting)), deadline, environment):
+        for one in messages_from(_measure_all, (config, tuple(waiting)), deadline, allocation(config, as_worker)):
             waiting.remove(one.case)
             yield one
     except Lost as lost:  # after the last result it changes no figure
         yield from (Failed(name, str(lost)) for name in waiting)
 
 
-def allocation(as_worker: bool) -> dict[str, str | None]:
-    """The variables by which a process allocates memory as our workers do, or as Python starts it: with none."""
+def allocation(config: BenchConfig, as_worker: bool) -> dict[str, str | None]:
+    """The variables by which a process allocates memory as our workers do, or as Python starts it: with none.
+
+    On a GPU, whose memory is measured there, it is left as it is.
+    """
+    if config.device != "cpu":
+        return {}
     ours = allocator_environment()
     return dict(ours) if as_worker else dict.fromkeys((*ours, "LD_PRELOAD"))
 

@@ -72,9 +72,8 @@ def profile_apart(config: BenchConfig, deadline: float | None = None) -> Profile
     deadline: on the clock of `time.monotonic`.
     """
     try:
-        found: list[Profile | str] = list(
-            messages_from(_send_profile, (config,), deadline, allocation(as_worker=config.device == "cpu"))
-        )
+        environment = allocation(config, as_worker=True)
+        found: list[Profile | str] = list(messages_from(_send_profile, (config,), deadline, environment))
     except Lost as lost:
         return str(lost)
     return found[0]

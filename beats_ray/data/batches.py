@@ -43,6 +43,20 @@ class MicroBatch:
     """How long the tasks of the stream waited for storage, over all clips of the batch."""
     decode_seconds: float = 0.0
     """How long they decoded."""
+    host_num_samples_B: "torch.Tensor | None" = None
+    """num_samples_B on the CPU, where `to` found them there: to look at them costs no wait for the device."""
+
+    @property
+    def host_num_patches_B(self) -> "torch.Tensor | None":
+        """Patches of each clip, int64 on the CPU; None where the lengths are on the device alone."""
+        from beats_ray.models import num_patches
+
+        return None if self.host_num_samples_B is None else num_patches(self.host_num_samples_B)
+
+    @property
+    def num_real(self) -> int | None:
+        """Patches of all clips that are no padding; None where the lengths are on the device alone."""
+        return None if self.host_num_patches_B is None else int(self.host_num_patches_B.sum())
 
     @property
     def first_position(self) -> int:
@@ -55,6 +69,7 @@ class MicroBatch:
             self,
             audio_BS=self.audio_BS.to(device, non_blocking=True),
             num_samples_B=self.num_samples_B.to(device, non_blocking=True),
+            host_num_samples_B=self.num_samples_B if self.num_samples_B.device.type == "cpu" else None,
             targets_BC=self.targets_BC.to(device, non_blocking=True),
             patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=True),
         )
@@ -66,6 +81,7 @@ class MicroBatch:
             self,
             audio_BS=self.audio_BS[:clips],
             num_samples_B=self.num_samples_B[:clips],
+            host_num_samples_B=None if self.host_num_samples_B is None else self.host_num_samples_B[:clips],
             targets_BC=self.targets_BC[:clips],
             patch_labels_BN=None if labels_BN is None else labels_BN[:clips],
             positions_B=self.positions_B[:clips],

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from beats_ray.models.rows import EVERY_PLACE, Rows
+
 AttentionBackend = Literal["auto", "sdpa", "matmul", "clipwise", "flex"]
 AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float]
 """Queries, keys and values (B, H, N, K), gates (B, H, N, 1), bias (B or 1, H, N, N), padding (B, N), dropout."""
@@ -127,18 +129,19 @@ class GatedSelfAttention(nn.Module):
         *,
         backend: AttentionBackend = "auto",
         recompute: bool = False,
-        first_query: int = 0,
+        rows: Rows = EVERY_PLACE,
     ) -> Tensor:
-        """Returns what each patch from `first_query` on gathers from the real patches.
+        """Returns what each of the wanted rows gathers from the real patches.
 
-        bias_BHNN may have one clip for all. With `recompute`, neither the gated bias nor the attention weights are
-        kept for the backward pass. A clip of padding alone attends to itself, so that no value is ever NaN.
+        x_BND: (R, D) where rows are packed, and then (W, D) is returned. bias_BHNN may have one clip for all. With
+        `recompute`, neither the gated bias nor the attention weights are kept for the backward pass. A clip of padding
+        alone attends to itself, so that no value is ever NaN.
         """
-        q_BND = self.q_proj(x_BND[:, first_query:])
+        q_BND = rows.wanted_grid(self.q_proj(rows.wanted(x_BND)))
         q_BHNK = self._split(q_BND)
-        bias_BHNN = bias_BHNN[:, :, first_query:]
-        k_BHNK = self._split(self.k_proj(x_BND))
-        v_BHNK = self._split(self.v_proj(x_BND))
+        bias_BHNN = bias_BHNN[:, :, rows.first :]
+        k_BHNK = self._split(rows.grid(self.k_proj(x_BND)))
+        v_BHNK = self._split(rows.grid(self.v_proj(x_BND)))
         gate_BHN1 = self._gate(q_BND) if self.gated else None
         dropout = self.dropout if self.training else 0.0
         if backend == "auto":
@@ -155,7 +158,7 @@ class GatedSelfAttention(nn.Module):
             out_BHNK = checkpoint(attend, inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
             out_BHNK = attend(inputs)
-        out: Tensor = self.out_proj(out_BHNK.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(rows.wanted_rows(out_BHNK.transpose(1, 2).flatten(2)))
         return out
 
     def _split(self, x_BND: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ class BeatsEncoder(nn.Module):
         visible_BM: Tensor | None = None,
         layer: int | None = None,
         return_layers: bool = False,
+        num_real: int | None = None,
     ) -> EncoderOutput:
         """Encodes normalised filterbanks.
 
@@ -94,13 +95,16 @@ class BeatsEncoder(nn.Module):
         None. The output has one feature for each of them, and nothing of a hidden patch enters it.
         layer: how many layers to run, 0 to `num_layers`; all where None. A partial run of a pre-norm model skips its
         last norm.
+        num_real: how many patches of all clips are seen and no padding, where the host knows it: on a GPU padding is
+        left out of the layers only then.
         """
         depth = self.config.num_layers if layer is None else layer
         if not 0 <= depth <= self.config.num_layers:
             raise ValueError(f"layer={layer} must be between 0 and num_layers={self.config.num_layers}")
         patches_BNP, is_pad_BN = patchify(fbank_BTF, num_frames_B, self.config.patch_size)
         padded = num_frames_B is not None
-        return self._encode(patches_BNP, is_pad_BN, visible_BM, depth=depth, padded=padded, return_layers=return_layers)
+        options: Any = {"depth": depth, "padded": padded, "return_layers": return_layers, "num_real": num_real}
+        return self._encode(patches_BNP, is_pad_BN, visible_BM, **options)
 
     def _encode(
         self,
@@ -112,6 +116,7 @@ class BeatsEncoder(nn.Module):
         padded: bool = True,
         return_layers: bool = False,
         zero_padding: bool = True,
+        num_real: int | None = None,
     ) -> EncoderOutput:
         num_patches = patches_BNP.shape[1]
         if visible_BM is not None:
@@ -139,7 +144,9 @@ class BeatsEncoder(nn.Module):
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         bias = self.encoder.relative_bias(num_patches, position_BM)
-        layers = self.encoder.run_layers(x, bias, hidden, depth, every_layer=return_layers)
+        counts = None if num_real is None else (num_real, num_real)
+        options: Any = {"every_layer": return_layers, "num_real": counts, "keep_padding": not zero_padding}
+        layers = self.encoder.run_layers(x, bias, hidden, depth, **options)
         features = layers[-1]
         if self.config.pre_norm and depth == self.config.num_layers:
             features = self.encoder.layer_norm(features)

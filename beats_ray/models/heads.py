@@ -63,9 +63,14 @@ class AudioClassifier(nn.Module):
         """Returns logits_BC of normalised filterbanks; 0 for a clip of padding alone."""
         return self.classify(fbank_BTF, num_frames_B).logits_BC
 
-    def classify(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> ClassifierOutput:
-        """Returns clip and patch logits; patch logits are what a supervised teacher offers to a tokenizer."""
-        encoded = self.encoder(fbank_BTF, num_frames_B)
+    def classify(
+        self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None, num_real: int | None = None
+    ) -> ClassifierOutput:
+        """Returns clip and patch logits; patch logits are what a supervised teacher offers to a tokenizer.
+
+        Arguments: `BeatsEncoder`'s.
+        """
+        encoded = self.encoder(fbank_BTF, num_frames_B, num_real=num_real)
         return self.pool(encoded)
 
     def probabilities(self, logits_BC: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ class PatchMask(NamedTuple):
 
     visible_BM: Tensor
     target_BK: Tensor
+    num_real: tuple[int, int] | None = None
+    """How many of both are no padding, over all clips, where the host knows it."""
 
 
 def sample_patch_mask(
@@ -25,11 +27,13 @@ def sample_patch_mask(
     max_targets: int | None = None,
     *,
     patches_per_row: int = 8,
+    num_real_B: Tensor | None = None,
 ) -> PatchMask:
     """Masks the given part of each clip's real patches; padding is never visible and never a target.
 
     Every real patch is visible or masked; targets are the masked patches, or `max_targets` of them at random.
     block_size: side of the squares of the grid that are masked together; 1 is the paper's.
+    num_real_B: real patches of each clip, on the CPU, where they are known there; the mask has its counts then.
     M and K depend on N alone, never on the clips, so a step always has the same shapes.
     Raises ValueError for a ratio outside [0, 1) and sizes under 1.
     """
@@ -42,8 +46,7 @@ def sample_patch_mask(
     noise_BN = _block_noise(batch, patches, block_size, patches_per_row, generator).to(device)
     noise_BN = noise_BN.masked_fill(is_pad_BN, torch.inf)
     rank_BN = noise_BN.argsort(dim=1).argsort(dim=1)
-    real_B1 = patches - is_pad_BN.sum(dim=1, keepdim=True)
-    keep_B1 = (real_B1 * (1.0 - mask_ratio)).round().long().clamp(min=1).minimum(real_B1)
+    keep_B1 = _num_visible(patches - is_pad_BN.sum(dim=1, keepdim=True), mask_ratio)
     num_visible, num_targets = visible_and_target_counts(patches, mask_ratio, max_targets)
     is_visible_BN = rank_BN < keep_B1
     is_target_BN = ~is_visible_BN & ~is_pad_BN
@@ -51,7 +54,21 @@ def sample_patch_mask(
         lottery_BN = torch.rand(batch, patches, generator=generator, device=generator.device).to(device)
         place_BN = lottery_BN.masked_fill(~is_target_BN, torch.inf).argsort(dim=1).argsort(dim=1)
         is_target_BN &= place_BN < max_targets
-    return PatchMask(_indices(is_visible_BN, num_visible), _indices(is_target_BN, num_targets))
+    counts = None if num_real_B is None else _counts(num_real_B, mask_ratio, max_targets)
+    return PatchMask(_indices(is_visible_BN, num_visible), _indices(is_target_BN, num_targets), counts)
+
+
+def _num_visible(real: Tensor, mask_ratio: float) -> Tensor:
+    """Visible patches of clips of so many real ones."""
+    return (real * (1.0 - mask_ratio)).round().long().clamp(min=1).minimum(real)
+
+
+def _counts(real_B: Tensor, mask_ratio: float, max_targets: int | None) -> tuple[int, int]:
+    visible_B = _num_visible(real_B, mask_ratio)
+    targets_B = real_B - visible_B
+    if max_targets is not None:
+        targets_B = targets_B.clamp(max=max_targets)
+    return int(visible_B.sum()), int(targets_B.sum())
 
 
 def visible_and_target_counts(patches: int, mask_ratio: float, max_targets: int | None = None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Shapes: B clips, T frames, F mel bins, N patches, M visible patches, K targets, 
 Source: paper section 3.2.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -59,8 +59,9 @@ class MaskedPatchPredictor(nn.Module):
 
         With one codebook, as in the paper, logits_BKV.
         """
-        visible_BM, target_BK = patch_mask
-        encoded = self.encoder(fbank_BTF, num_frames_B, visible_BM)
+        visible_BM, target_BK, num_real = patch_mask
+        num_visible = num_real and num_real[0]
+        encoded = self.encoder(fbank_BTF, num_frames_B, visible_BM, num_real=num_visible)
         x_BMD = self.input_proj(encoded.features_BND)
         batch, num_targets = target_BK.shape
         if self.mask_vector is None:
@@ -76,7 +77,9 @@ class MaskedPatchPredictor(nn.Module):
         grid = self._grid_patches(fbank_BTF)
         bias_BHLL = self.predictor.relative_bias(grid, position_BL.clamp(min=0))
         x_BLD = torch.cat((x_BMD, masks_BKD), dim=1)
-        x_BKD = self.predictor.run_layers(x_BLD, bias_BHLL, is_pad_BL, first_wanted=visible_BM.shape[1])[-1]
+        counts = num_real and (sum(num_real), num_real[1])
+        options: Any = {"first_wanted": visible_BM.shape[1], "num_real": counts}
+        x_BKD = self.predictor.run_layers(x_BLD, bias_BHLL, is_pad_BL, **options)[-1]
         logits: Tensor = self.code_proj(self.layer_norm(x_BKD))
         books = self.config.num_codebooks
         return logits if books == 1 else logits.unflatten(-1, (books, self.config.num_codes))

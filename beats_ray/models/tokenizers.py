@@ -138,9 +138,11 @@ class SelfDistilledTokenizer(nn.Module):
         )
         self.quantizer = CosineQuantizer(self.config.quantizer)
 
-    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None) -> tuple[Quantized, Tensor]:
-        """Returns the codes of all patches, flattened to (B x N, ...), and is_pad_BN."""
-        encoded = self.encoder(fbank_BTF, num_frames_B)
+    def forward(
+        self, fbank_BTF: Tensor, num_frames_B: Tensor | None = None, num_real: int | None = None
+    ) -> tuple[Quantized, Tensor]:
+        """Returns the codes of all patches, flattened to (B x N, ...), and is_pad_BN. Arguments: `BeatsEncoder`'s."""
+        encoded = self.encoder(fbank_BTF, num_frames_B, num_real=num_real)
         code_BND = self.to_code(encoded.features_BND)
         return self.quantizer(code_BND.flatten(0, 1), encoded.is_pad_BN.flatten()), encoded.is_pad_BN
 
@@ -238,20 +240,24 @@ class DistillationModel(nn.Module):
         self.layer_norm = nn.LayerNorm(encoder_config.width)
         self.teacher_proj = nn.Linear(encoder_config.width, config.teacher_dim)
 
-    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor | None, teacher: Tensor) -> DistillationOutput:
+    def forward(
+        self, fbank_BTF: Tensor, num_frames_B: Tensor | None, teacher: Tensor, num_real: int | None = None
+    ) -> DistillationOutput:
         """Compares the estimate with the teacher's output by cosine, on real patches only.
 
         teacher: a feature vector or logits for each patch (B, N, D), or one vector of logits for each clip (B, D);
         then the estimates of a clip's patches are averaged, as a classifier averages their logits. A commitment term
         always counts once for each target: the mean over a clip's patches where targets are clips.
+        num_real: see `BeatsEncoder.forward`.
         """
-        quantized, is_pad_BN = self.tokenizer(fbank_BTF, num_frames_B)
+        quantized, is_pad_BN = self.tokenizer(fbank_BTF, num_frames_B, num_real)
         self._check_teacher(teacher, is_pad_BN)
         code_BND = quantized.vectors_ND.unflatten(0, is_pad_BN.shape)
         x_BND = self.input_proj(code_BND.to(self.input_proj.weight.dtype))
         bias = self.estimator.relative_bias(is_pad_BN.shape[1])
         hidden = None if num_frames_B is None else is_pad_BN
-        x_BND = self.estimator.run_layers(x_BND, bias, hidden)[-1]
+        counts = None if num_real is None else (num_real, num_real)
+        x_BND = self.estimator.run_layers(x_BND, bias, hidden, num_real=counts)[-1]
         estimate = self.teacher_proj(self.layer_norm(x_BND)).float()
         is_real = ~is_pad_BN
         num_patches = is_real.sum()

@@ -1,6 +1,7 @@
 """The Transformer stack that encoder, label predictor and teacher estimator share.
 
-Shapes: B clips, N patches, D width, H heads; F frequencies, G groups of C input and O output channels, K taps.
+Shapes: B clips, N patches, D width, H heads, R and W rows as in `rows.py`; F frequencies, G groups of C input and O
+output channels, K taps.
 Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
 """
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
 from beats_ray.models.recompute import gelu_again, norm_again
+from beats_ray.models.rows import EVERY_PLACE, PACKED_BELOW, PackedRows, PaddedRows, Rows
 from beats_ray.models.spectral import POSITION_CONVOLUTION, SPECTRAL_CLIPS, transform_length
 
 
@@ -44,19 +46,20 @@ class TransformerLayer(nn.Module):
         *,
         backend: AttentionBackend = "auto",
         recompute: bool = False,
-        first_query: int = 0,
+        rows: Rows = EVERY_PLACE,
         norm_before: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """Returns the layer's output for the patches from `first_query` on; padding is never attended to.
+        """Returns the layer's output for the wanted rows; padding is never attended to.
 
-        norm_before: the norm whose output x_BND is, if it is one's.
+        x_BND: (R, D) where rows are packed, and then (W, D) is returned. norm_before: the norm whose output x_BND is,
+        if it is one's.
         """
-        residual = x_BND[:, first_query:]
+        residual = rows.wanted(x_BND)
         if self.pre_norm:
             x_BND, norm_before = self.self_attn_layer_norm(x_BND), self.self_attn_layer_norm
         # As attention clip by clip, norms again are for a CPU: reading and writing is what a GPU's time goes by.
         norms_again = recompute and backend in ("auto", "clipwise") and x_BND.device.type == "cpu"
-        options: Any = {"backend": backend, "recompute": recompute, "first_query": first_query}
+        options: Any = {"backend": backend, "recompute": recompute, "rows": rows}
         with norm_again(x_BND, norm_before if norms_again else None):
             attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
         if self.pre_norm:
@@ -92,6 +95,8 @@ class TransformerStack(nn.Module):
         """Whether the layers' activations are recomputed in the backward pass instead of kept."""
         self.recompute = True  # nothing of the size (B, H, N, N) is kept for the backward pass
         """Whether attention weights, gated bias, GELU and, on a CPU, norms are recomputed in the backward pass."""
+        self.packed_below = PACKED_BELOW
+        """Padding is left out of the layers where less than this share of the patches is real; 0: never."""
         sizes = (config.relative_buckets, config.num_heads, config.relative_max_distance)
         bias: nn.Module = RelativeBias(*sizes)
         if config.relative_bias_2d:
@@ -112,33 +117,58 @@ class TransformerStack(nn.Module):
         bias_BHNN: Tensor,
         is_pad_BN: Tensor | None,
         num_layers: int | None = None,
+        *,
         first_wanted: int = 0,
         every_layer: bool = False,
+        num_real: tuple[int, int] | None = None,
+        keep_padding: bool = False,
     ) -> list[Tensor]:
         """Returns the output of the last of the first `num_layers` layers alone, or the input and that of each layer.
 
-        The last output has only the patches from `first_wanted` on, which saves work for the others.
+        The last output has only the patches from `first_wanted` on, which saves work for the others. What comes out at
+        padding means something with `keep_padding` only.
+        num_real: how many patches are no padding, in all and from `first_wanted` on, where the host knows it. Without
+        it, it looks on a CPU; elsewhere padding goes through the layers, rather than have the host wait.
         """
-        outputs = [x_BND]
+        clips = x_BND.shape[0]
+        rows, last_rows = self._rows(None if keep_padding else is_pad_BN, first_wanted, num_real)
+        x = x_BND if isinstance(rows, PaddedRows) else rows.pack(x_BND)
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         layers = list(self.layers)[:num_layers]
+        outputs = [x_BND] if every_layer or not layers else []
         norm_before: Any = None
         for number, layer in enumerate(layers, start=1):
-            first = first_wanted if number == len(layers) else 0
-            options: Any = {"backend": self.attention_backend, "first_query": first}
+            if number == len(layers):
+                rows = last_rows
+            options: Any = {"backend": self.attention_backend, "rows": rows}
             if checkpointed:
-                new_BND = checkpoint(layer, x_BND, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
+                new = checkpoint(layer, x, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
             else:
                 options |= {"recompute": self.recompute, "norm_before": norm_before}
-                new_BND = layer(x_BND, bias_BHNN, is_pad_BN, **options)
+                new = layer(x, bias_BHNN, is_pad_BN, **options)
             norm_before = layer.final_layer_norm
             if self.training and self.layer_drop:
                 # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
-                keep_B11 = torch.rand(x_BND.shape[0], 1, 1, device=x_BND.device) >= self.layer_drop
-                new_BND = torch.where(keep_B11, new_BND, x_BND[:, first:])
-            x_BND = new_BND
-            outputs = [*outputs, x_BND] if every_layer else [x_BND]
+                keep_B = torch.rand(clips, device=x.device) >= self.layer_drop
+                new = torch.where(rows.of_clips(keep_B), new, rows.wanted(x))
+            x = new
+            if every_layer or number == len(layers):
+                outputs.append(rows.wanted_grid(x))
         return outputs
+
+    def _rows(self, is_pad_BN: Tensor | None, first_wanted: int, num_real: tuple[int, int] | None) -> tuple[Rows, Rows]:
+        """The rows of all layers but the last, and those of the last."""
+        padded = EVERY_PLACE, PaddedRows(first_wanted)
+        if is_pad_BN is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():  # one shape for all
+            return padded
+        if num_real is None:
+            if is_pad_BN.device.type != "cpu":
+                return padded
+            num_real = int((~is_pad_BN).sum()), int((~is_pad_BN[:, first_wanted:]).sum())
+        if not 0 < num_real[0] < self.packed_below * is_pad_BN.numel():
+            return padded
+        packed = PackedRows.of(is_pad_BN, num_real[0])
+        return packed, packed.from_place(first_wanted, num_real[1]) if first_wanted else packed
 
     def use(self, attention_backend: AttentionBackend | None = None, checkpoint_layers: bool | None = None) -> Self:
         """Sets how the stack computes, not what it computes."""

@@ -65,9 +65,11 @@ class DistillModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor, teacher_BND: Tensor) -> tuple[Tensor, MetricSums]:
-        """Distillation and commitment loss summed over patches, and metric sums."""
-        output = self.model(fbank_BTF, num_frames_B, teacher_BND)
+    def forward(
+        self, fbank_BTF: Tensor, num_frames_B: Tensor, teacher_BND: Tensor, num_real: int | None = None
+    ) -> tuple[Tensor, MetricSums]:
+        """Distillation and commitment loss summed over patches, and metric sums. num_real: `BeatsEncoder.forward`."""
+        output = self.model(fbank_BTF, num_frames_B, teacher_BND, num_real)
         return output.loss_sum, {
             "train/teacher_cosine": (output.metrics["cosine"], output.num_targets),
             "train/commitment": (output.metrics["commitment"], output.num_targets),
@@ -119,15 +121,20 @@ class DistillTask:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._seen.fbank_mean, self._seen.fbank_std)
         teacher = self._teacher.to(fbank_BTF.device)
+        num_real = batch.num_real
         is_half = self._settings.train.precision != "fp32"  # the teacher's weights stay as they are, in fp32
         with torch.autocast(fbank_BTF.device.type, torch.bfloat16, enabled=is_half):
             if isinstance(teacher, AudioClassifier):
-                classified = teacher.classify(fbank_BTF, num_frames_B)
+                classified = teacher.classify(fbank_BTF, num_frames_B, num_real)
                 target_BND, is_pad_BN = classified.patch_logits_BNC, classified.is_pad_BN
             else:
-                encoded = teacher(fbank_BTF, num_frames_B, layer=self._settings.tokenizer.teacher_layer)
+                depth = self._settings.tokenizer.teacher_layer
+                encoded = teacher(fbank_BTF, num_frames_B, layer=depth, num_real=num_real)
                 target_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
-        return Prepared((fbank_BTF, num_frames_B, target_BND.float()), (~is_pad_BN).sum())
+        num_targets = (~is_pad_BN).sum()
+        if self._settings.train.compile:  # with one shape for all steps
+            num_real = None
+        return Prepared((fbank_BTF, num_frames_B, target_BND.float(), num_real), num_targets)
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "model.tokenizer."

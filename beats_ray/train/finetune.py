@@ -51,10 +51,12 @@ class FinetuneModule(nn.Module):
             self.classifier.encoder.eval()
         return self
 
-    def forward(self, fbank_BTF: Tensor, num_frames_B: Tensor, targets_BC: Tensor) -> tuple[Tensor, MetricSums]:
-        """Loss summed over clips, and metric sums."""
+    def forward(
+        self, fbank_BTF: Tensor, num_frames_B: Tensor, targets_BC: Tensor, num_real: int | None = None
+    ) -> tuple[Tensor, MetricSums]:
+        """Loss summed over clips, and metric sums. num_real: see `BeatsEncoder.forward`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
-            encoded = self.classifier.encoder(fbank_BTF, num_frames_B)
+            encoded = self.classifier.encoder(fbank_BTF, num_frames_B, num_real=num_real)
         logits_BC = self.classifier.pool(encoded).logits_BC.float()
         if self.classifier.config.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none").mean(1).sum()
@@ -142,7 +144,9 @@ class FinetuneTask:
                 generator,
             )
         clips = torch.full((), len(wave_BS), device=wave_BS.device)
-        return Prepared((fbank_BTF, num_frames_B, targets_BC), clips)
+        # Mixed clips have the longer length of two, and compiled steps one shape.
+        num_real = None if mixture is not None or self._settings.train.compile else batch.num_real
+        return Prepared((fbank_BTF, num_frames_B, targets_BC, num_real), clips)
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "classifier."

@@ -11,7 +11,7 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 import contextlib
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -41,7 +41,6 @@ class Prepared:
     inputs: tuple[Any, ...]
     num_targets: torch.Tensor
     """How many terms the loss sums over, scalar."""
-    clip_ids: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -61,7 +60,7 @@ class Task(Protocol):
         ...
 
     def begin_step(self, step: int) -> None:
-        """Called before each optimizer step (0-based), before its micro-batches are prepared."""
+        """Called before each optimizer step (0-based), when its micro-batches are prepared already."""
         ...
 
     def end_step(self, moved: bool) -> None:
@@ -77,7 +76,10 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
-        """The inputs for a micro-batch, which is on the training device already."""
+        """The inputs for a micro-batch, which is on the training device already.
+
+        They depend on nothing that a step changes: those of the next step are made before this one ends.
+        """
         ...
 
     def publish(self, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
@@ -139,21 +141,21 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
             context.gather(log.newest if log else None)[0] if first_step == settings.steps else {}
         )
 
+        ahead = _Ahead(task, batches, settings, context, first_step)
         for step in range(first_step, settings.steps):
             _begin_step(task, settings.seed, step, context.rank)
             look_due = notices.due()
-            prepared = [
-                _fetch(task, batches, settings, context, meter)
-                for _ in range(settings.accumulation_steps(context.world_size))
-            ]
-            results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due)
+            fetched, prepared = ahead.take()
+            for batch in fetched:
+                meter.fetched(batch)
+            results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due, ahead)
             task.end_step(moved=results is not None)
             if results is not None:
                 skipped.count = 0
                 for sums in results:
                     meter.add(sums)
             elif is_bad:
-                skipped.record(step, [part.clip_ids for part in prepared])
+                skipped.record(step, [batch.clip_ids for batch in fetched])
 
             done = step + 1
             last = done == settings.steps
@@ -203,8 +205,42 @@ def _saves(settings: TrainSettings, done: int, noticed: bool) -> bool:
     return last or noticed or done % settings.checkpoint_every_steps == 0
 
 
+class _Ahead:
+    """The micro-batches of one step after the other, those of the next prepared while the device computes this one."""
+
+    def __init__(
+        self, task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, step: int
+    ) -> None:
+        self._task = task
+        self._batches = batches
+        self._settings = settings
+        self._context = context
+        self._step = step
+        """Of the micro-batches that come next."""
+        self._coming: list[tuple[MicroBatch, Prepared]] = []
+
+    def take(self) -> tuple[list[MicroBatch], list[Prepared]]:
+        """Those of the step that begins."""
+        self.look()
+        coming, self._coming = self._coming, []
+        return [batch for batch, _ in coming], [prepared for _, prepared in coming]
+
+    def look(self) -> None:
+        """Prepares those of the next step, if there is one and they are not prepared yet."""
+        if not self._coming and self._step < self._settings.steps:
+            steps = self._settings.accumulation_steps(self._context.world_size)
+            self._coming = [self._prepare() for _ in range(steps)]
+            self._step += 1
+
+    def _prepare(self) -> tuple[MicroBatch, Prepared]:
+        batch = next(self._batches)
+        seed = seed_of(self._settings.seed, batch.first_position)
+        generator = torch.Generator(self._context.device).manual_seed(seed)
+        return batch, self._task.prepare(batch, generator, training=True)
+
+
 def _train_step(
-    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext, look_due: bool
+    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext, look_due: bool, ahead: _Ahead
 ) -> tuple[list[MetricSums] | None, bool, bool]:
     """One optimizer step: its micro-batches' sums, or None where it was left out; and whether it was a bad one.
 
@@ -220,7 +256,10 @@ def _train_step(
     for index, part in enumerate(prepared):
         loss_sum, sums = engine(*part.inputs)
         engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
-        moved = engine.step(step, last_micro_batch=index == len(prepared) - 1)
+        last = index == len(prepared) - 1
+        if last:  # the device has this step's work yet to do, and the engine is about to wait for it
+            ahead.look()
+        moved = engine.step(step, last_micro_batch=last)
         results.append({"train/loss": (loss_sum, part.num_targets), **sums})
     # The engine has just waited for the device, to know whether the gradient is finite: this costs no further wait.
     is_due = bool(looks_due > 0)
@@ -287,15 +326,6 @@ def publish(task: Task, engine: Engine, context: WorkerContext, output: Place, r
             task.publish(state_dict, folder)
             with_retries(partial((output / "model").upload, folder), retry_seconds)
     context.gather(None)  # nobody goes on before the model is there
-
-
-def _fetch(
-    task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: Meter
-) -> Prepared:
-    batch = next(batches)
-    meter.fetched(batch)
-    generator = torch.Generator(context.device).manual_seed(seed_of(settings.seed, batch.first_position))
-    return replace(task.prepare(batch, generator, training=True), clip_ids=batch.clip_ids)
 
 
 def seed_of(*parts: int) -> int:

@@ -140,6 +140,7 @@ class PretrainTask:
             MaskedPatchPredictor(encoder, predictor), settings.train.compile, settings.predictor.label_smoothing
         )
         self._masking: MaskingSettings = settings.masking
+        self._compiled = settings.train.compile
         self._config = encoder.config
         self._positions = encoder.positions
         self._tokenizer = tokenizer.eval() if tokenizer is not None else None
@@ -173,10 +174,13 @@ class PretrainTask:
         fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
         is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size)
         labels = labels.long().masked_fill(is_pad_BN if labels.dim() == 2 else is_pad_BN.unsqueeze(-1), -1)
-        mask = sample_patch_mask(
-            is_pad_BN, self._masking.ratio, generator, self._masking.block_size, self._masking.max_targets
-        )
+        masking = self._masking
+        sizes = (masking.ratio, generator, masking.block_size, masking.max_targets)
+        mask = sample_patch_mask(is_pad_BN, *sizes, num_real_B=self._num_real(batch))
         return Prepared((fbank_BTF, num_frames_B, mask, labels), (mask.target_BK >= 0).sum())
+
+    def _num_real(self, batch: MicroBatch) -> Tensor | None:
+        return None if self._compiled else batch.host_num_patches_B  # compiled, all steps have the same shapes
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "predictor.encoder."

@@ -57,6 +57,22 @@ def test_features_are_the_cpus(backend: str, masked: bool) -> None:
     assert (on_cpu.features_BND - on_gpu.features_BND.cpu()).abs().max() < 1e-3
 
 
+def test_padding_that_is_left_out_of_the_layers_changes_neither_features_nor_gradients() -> None:
+    wave, lengths = waves()
+    results = []
+    for num_real in (None, int(num_patches(lengths).sum())):
+        torch.manual_seed(0)
+        encoder = build_encoder("small").cuda().train()
+        rows = []
+        encoder.encoder.layers[0].fc1.register_forward_hook(lambda _self, inputs, _out, rows=rows: rows.append(inputs))
+        features = encoder.features_from_waveform(wave.cuda(), lengths.cuda(), num_real=num_real).features_BND
+        (features * torch.linspace(-1, 1, features.shape[-1], device="cuda")).sum().backward()
+        assert rows[0][0].dim() == (3 if num_real is None else 2)
+        results.append([features] + [one.grad for one in encoder.parameters() if one.grad is not None])
+    for packed, padded in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-3 * float(padded.abs().max()) + 1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_flex_attention_has_the_gradients_of_the_plain_formula(masked: bool) -> None:
     wave, lengths = waves()

@@ -257,6 +257,7 @@ def test_ours_allocates_as_a_worker_does_and_others_as_python_does(monkeypatch: 
     measure.measure(BenchConfig(name="encoder", rounds=1, cases=cases, same_allocator=True), lambda _text: None)
     assert seen == dict.fromkeys(cases, ours)
     assert os.environ["MALLOC_CONF"] == "narenas:7"
+    assert measure.allocation(BenchConfig(name="encoder", device="cuda"), as_worker=True) == {}
 
 
 def send_variables(send: Send) -> None:
