@@ -121,7 +121,7 @@ def engine_step(
     """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated.
 
     compiled: by PyTorch's compiler (`train.compile`). padding: of a batch that has some, a clip has a quarter of the
-    length, another all of it, and the rest lie between, in equal steps.
+    length, another all of it, and the rest lie between, in equal steps; mixup gives a clip the longer length of two.
     """
     import torch
 
@@ -131,7 +131,8 @@ def engine_step(
 
     if padding != "none":
         shares_B = torch.linspace(0.25, 1.0, len(batch.num_samples_B))
-        batch = replace(batch, num_samples_B=(batch.num_samples_B * shares_B).long())
+        lengths_B = (batch.num_samples_B * shares_B).long()
+        batch = replace(batch, num_samples_B=lengths_B, host_num_samples_B=lengths_B)
         for stack in task.module.modules():
             if padding == "computed" and isinstance(stack, TransformerStack):
                 stack.packed_below = 0.0
@@ -140,7 +141,10 @@ def engine_step(
     generator = torch.Generator(context.device).manual_seed(config.seed)
 
     def step() -> None:
-        prepared = task.prepare(batch.to(context.device), generator, training=True)
+        moved = batch.to(context.device)
+        if compiled:  # as in the loop
+            moved = replace(moved, host_num_samples_B=None)
+        prepared = task.prepare(moved, generator, training=True)
         loss_sum, _sums = engine(*prepared.inputs)
         engine.backward(loss_sum / prepared.num_targets)
         with torch.profiler.record_function(OPTIMIZER):

@@ -37,6 +37,11 @@ class Mixture(NamedTuple):
     """The clip's own share, from 0.5 to 1; 1 leaves it as it is. The rest is the partner's."""
 
 
+def on_cpu(generator: torch.Generator) -> torch.Generator:
+    """The generator itself where it draws on the CPU, else one there of the same seed."""
+    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
+
+
 def draw_mixture(batch: int, alpha: float, probability: float, generator: torch.Generator) -> Mixture:
     """Draws partners and shares (mixup, arXiv 1710.09412).
 
@@ -65,8 +70,13 @@ def mix(values: Tensor, length_B: Tensor, mixture: Mixture) -> tuple[Tensor, Ten
     values = values.masked_fill(is_past_BL.view(*is_past_BL.shape, *[1] * (values.dim() - 2)), 0.0)
     share = mixture.share_B.view(-1, *[1] * (values.dim() - 1))
     mixed = share * values + (1.0 - share) * values[mixture.partner_B]
+    return mixed, mixed_lengths(length_B, mixture)
+
+
+def mixed_lengths(length_B: Tensor, mixture: Mixture) -> Tensor:
+    """The lengths of mixed clips, in what the clips' are in."""
     longer_B = torch.maximum(length_B, length_B[mixture.partner_B])
-    return mixed, torch.where(mixture.share_B < 1.0, longer_B, length_B)
+    return torch.where(mixture.share_B < 1.0, longer_B, length_B)
 
 
 def mix_targets(targets_BC: Tensor, mixture: Mixture) -> Tensor:

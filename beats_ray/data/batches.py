@@ -44,19 +44,7 @@ class MicroBatch:
     decode_seconds: float = 0.0
     """How long they decoded."""
     host_num_samples_B: "torch.Tensor | None" = None
-    """num_samples_B on the CPU, where `to` found them there: to look at them costs no wait for the device."""
-
-    @property
-    def host_num_patches_B(self) -> "torch.Tensor | None":
-        """Patches of each clip, int64 on the CPU; None where the lengths are on the device alone."""
-        from beats_ray.models import num_patches
-
-        return None if self.host_num_samples_B is None else num_patches(self.host_num_samples_B)
-
-    @property
-    def num_real(self) -> int | None:
-        """Patches of all clips that are no padding; None where the lengths are on the device alone."""
-        return None if self.host_num_patches_B is None else int(self.host_num_patches_B.sum())
+    """num_samples_B on the CPU, always, where a stream made the batch: to look at them costs no wait."""
 
     @property
     def first_position(self) -> int:
@@ -65,13 +53,13 @@ class MicroBatch:
     def to(self, device: "torch.device | str") -> "MicroBatch":
         """The same on a device; the copy runs beside the host where the memory is pinned."""
         labels_BN = self.patch_labels_BN
+        beside = str(device) != "cpu"  # what comes back must be there
         return replace(
             self,
-            audio_BS=self.audio_BS.to(device, non_blocking=True),
-            num_samples_B=self.num_samples_B.to(device, non_blocking=True),
-            host_num_samples_B=self.num_samples_B if self.num_samples_B.device.type == "cpu" else None,
-            targets_BC=self.targets_BC.to(device, non_blocking=True),
-            patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=True),
+            audio_BS=self.audio_BS.to(device, non_blocking=beside),
+            num_samples_B=self.num_samples_B.to(device, non_blocking=beside),
+            targets_BC=self.targets_BC.to(device, non_blocking=beside),
+            patch_labels_BN=None if labels_BN is None else labels_BN.to(device, non_blocking=beside),
         )
 
     def first(self, clips: int) -> "MicroBatch":
@@ -107,9 +95,11 @@ def to_micro_batch(columns: dict[str, np.ndarray], pin_memory: bool = False, buc
         copy.numpy()[...] = columns[name]
         return copy
 
+    num_samples_B = tensor("num_samples", torch.int64)
     return MicroBatch(
         audio_BS=tensor("audio", torch.int16),
-        num_samples_B=tensor("num_samples", torch.int64),
+        num_samples_B=num_samples_B,
+        host_num_samples_B=num_samples_B,
         targets_BC=tensor("targets", torch.uint8),
         patch_labels_BN=tensor("patch_labels", torch.int16) if "patch_labels" in columns else None,
         positions_B=torch.tensor(columns["position"], dtype=torch.int64),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beats_ray.models.rows import EVERY_PLACE, Rows
+from beats_ray.models.layout import EVERY_PLACE, Layout
 
 AttentionBackend = Literal["auto", "sdpa", "matmul", "clipwise", "flex"]
 AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float]
@@ -123,31 +123,31 @@ class GatedSelfAttention(nn.Module):
 
     def forward(
         self,
-        x_BND: Tensor,
+        x: Tensor,
         bias_BHNN: Tensor,
         is_pad_BN: Tensor | None,
         *,
         backend: AttentionBackend = "auto",
         recompute: bool = False,
-        rows: Rows = EVERY_PLACE,
+        layout: Layout = EVERY_PLACE,
     ) -> Tensor:
-        """Returns what each of the wanted rows gathers from the real patches.
+        """Returns what each of the wanted patches gathers from the real ones.
 
-        x_BND: (R, D) where rows are packed, and then (W, D) is returned. bias_BHNN may have one clip for all. With
-        `recompute`, neither the gated bias nor the attention weights are kept for the backward pass. A clip of padding
-        alone attends to itself, so that no value is ever NaN.
+        x, result: (B, N, D), or as the layout has it. bias_BHNN may have one clip for all. With `recompute`, neither
+        the gated bias nor the attention weights are kept for the backward pass. A clip of padding alone attends to
+        itself, so that no value is ever NaN.
         """
-        q_BND = rows.wanted_grid(self.q_proj(rows.wanted(x_BND)))
+        q_BND = layout.wanted_grid(self.q_proj(layout.wanted(x)))
         q_BHNK = self._split(q_BND)
-        bias_BHNN = bias_BHNN[:, :, rows.first :]
-        k_BHNK = self._split(rows.grid(self.k_proj(x_BND)))
-        v_BHNK = self._split(rows.grid(self.v_proj(x_BND)))
+        bias_BHNN = bias_BHNN[:, :, layout.first :]
+        k_BHNK = self._split(layout.grid(self.k_proj(x)))
+        v_BHNK = self._split(layout.grid(self.v_proj(x)))
         gate_BHN1 = self._gate(q_BND) if self.gated else None
         dropout = self.dropout if self.training else 0.0
         if backend == "auto":
             needs_grad = torch.is_grad_enabled() and (q_BHNK.requires_grad or bias_BHNN.requires_grad)
             spelled_out: AttentionBackend = "matmul" if dropout or torch.compiler.is_compiling() else "clipwise"
-            backend = spelled_out if needs_grad and x_BND.device.type == "cpu" else "sdpa"
+            backend = spelled_out if needs_grad and x.device.type == "cpu" else "sdpa"
         if backend in ("flex", "clipwise") and dropout:
             raise ValueError(
                 f"attention_dropout={self.dropout} is not possible with backend={backend!r}; use 'sdpa', or 0"
@@ -158,7 +158,7 @@ class GatedSelfAttention(nn.Module):
             out_BHNK = checkpoint(attend, inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
             out_BHNK = attend(inputs)
-        out: Tensor = self.out_proj(rows.wanted_rows(out_BHNK.transpose(1, 2).flatten(2)))
+        out: Tensor = self.out_proj(layout.from_wanted_grid(out_BHNK.transpose(1, 2).flatten(2)))
         return out
 
     def _split(self, x_BND: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from beats_ray.models.attention import AttentionBackend
 from beats_ray.models.config import EncoderConfig, encoder_config
 from beats_ray.models.fbank import compute_fbank, normalise_fbank
+from beats_ray.models.layout import count_real
 from beats_ray.models.patches import patchify, put_patches, release_patch_padding, take_patches
 from beats_ray.models.transformer import PositionConv, TransformerStack
 
@@ -96,15 +97,22 @@ class BeatsEncoder(nn.Module):
         layer: how many layers to run, 0 to `num_layers`; all where None. A partial run of a pre-norm model skips its
         last norm.
         num_real: how many patches of all clips are seen and no padding, where the host knows it: on a GPU padding is
-        left out of the layers only then.
+        left out of the layers only then, and the number is believed. ValueError on a CPU where it is wrong.
         """
         depth = self.config.num_layers if layer is None else layer
         if not 0 <= depth <= self.config.num_layers:
             raise ValueError(f"layer={layer} must be between 0 and num_layers={self.config.num_layers}")
         patches_BNP, is_pad_BN = patchify(fbank_BTF, num_frames_B, self.config.patch_size)
         padded = num_frames_B is not None
-        options: Any = {"depth": depth, "padded": padded, "return_layers": return_layers, "num_real": num_real}
-        return self._encode(patches_BNP, is_pad_BN, visible_BM, **options)
+        return self._encode(
+            patches_BNP,
+            is_pad_BN,
+            visible_BM,
+            depth=depth,
+            padded=padded,
+            return_layers=return_layers,
+            num_real=num_real,
+        )
 
     def _encode(
         self,
@@ -123,9 +131,9 @@ class BeatsEncoder(nn.Module):
             patches_BNP = take_patches(patches_BNP, visible_BM)
             is_pad_BN = (visible_BM < 0) | is_pad_BN.gather(1, visible_BM.clamp(min=0))
             padded = True
-        # Padding costs time in every layer: leave it out where a look is free.
-        if padded and is_pad_BN.device.type == "cpu" and not torch.compiler.is_compiling() and not is_pad_BN.any():
-            padded = False
+        if padded:
+            num_real = count_real(is_pad_BN, num_real)
+            padded = num_real != is_pad_BN.numel()
         hidden = is_pad_BN if padded else None
         x = self.layer_norm(self.patch_embedding(patches_BNP))
         if self.post_extract_proj is not None:
@@ -144,9 +152,9 @@ class BeatsEncoder(nn.Module):
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         bias = self.encoder.relative_bias(num_patches, position_BM)
-        counts = None if num_real is None else (num_real, num_real)
-        options: Any = {"every_layer": return_layers, "num_real": counts, "keep_padding": not zero_padding}
-        layers = self.encoder.run_layers(x, bias, hidden, depth, **options)
+        layers = self.encoder.run_layers(
+            x, bias, hidden, depth, every_layer=return_layers, num_real=num_real, zero_padding=zero_padding
+        )
         features = layers[-1]
         if self.config.pre_norm and depth == self.config.num_layers:
             features = self.encoder.layer_norm(features)

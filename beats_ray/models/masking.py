@@ -15,8 +15,10 @@ class PatchMask(NamedTuple):
 
     visible_BM: Tensor
     target_BK: Tensor
-    num_real: tuple[int, int] | None = None
-    """How many of both are no padding, over all clips, where the host knows it."""
+    num_visible: int | None = None
+    """How many patches are visible, over all clips, where the host knows it."""
+    num_targets: int | None = None
+    """How many are targets."""
 
 
 def sample_patch_mask(
@@ -54,8 +56,8 @@ def sample_patch_mask(
         lottery_BN = torch.rand(batch, patches, generator=generator, device=generator.device).to(device)
         place_BN = lottery_BN.masked_fill(~is_target_BN, torch.inf).argsort(dim=1).argsort(dim=1)
         is_target_BN &= place_BN < max_targets
-    counts = None if num_real_B is None else _counts(num_real_B, mask_ratio, max_targets)
-    return PatchMask(_indices(is_visible_BN, num_visible), _indices(is_target_BN, num_targets), counts)
+    counts = () if num_real_B is None else _counts(num_real_B, mask_ratio, num_visible, num_targets)
+    return PatchMask(_indices(is_visible_BN, num_visible), _indices(is_target_BN, num_targets), *counts)
 
 
 def _num_visible(real: Tensor, mask_ratio: float) -> Tensor:
@@ -63,12 +65,11 @@ def _num_visible(real: Tensor, mask_ratio: float) -> Tensor:
     return (real * (1.0 - mask_ratio)).round().long().clamp(min=1).minimum(real)
 
 
-def _counts(real_B: Tensor, mask_ratio: float, max_targets: int | None) -> tuple[int, int]:
+def _counts(real_B: Tensor, mask_ratio: float, num_visible: int, num_targets: int) -> tuple[int, int]:
+    """(visible, target) patches of clips of so many real ones, of which a mask holds so many a clip at most."""
     visible_B = _num_visible(real_B, mask_ratio)
     targets_B = real_B - visible_B
-    if max_targets is not None:
-        targets_B = targets_B.clamp(max=max_targets)
-    return int(visible_B.sum()), int(targets_B.sum())
+    return int(visible_B.clamp(max=num_visible).sum()), int(targets_B.clamp(max=num_targets).sum())
 
 
 def visible_and_target_counts(patches: int, mask_ratio: float, max_targets: int | None = None) -> tuple[int, int]:

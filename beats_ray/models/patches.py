@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beats_ray.models.fbank import num_patch_rows, zero_past_end
+from beats_ray.models.config import EncoderConfig
+from beats_ray.models.fbank import num_frames, num_patch_rows, zero_past_end
 
 SILENT_RANGE = 1e-4
 """Normalised log-mel values that differ by less are the same up to rounding."""
@@ -43,6 +44,13 @@ def silent_patches(fbank_BTF: Tensor, patch_size: int = 16) -> Tensor:
     """Returns is_silent_BN: patches whose values are all the same, as digital silence makes them, and padding."""
     patches_BNP, _ = patchify(fbank_BTF, patch_size=patch_size)
     return patches_BNP.amax(-1) - patches_BNP.amin(-1) < SILENT_RANGE
+
+
+def count_patches(num_samples_B: Tensor | None, config: EncoderConfig) -> Tensor | None:
+    """Patches of clips of so many samples in the grid of an encoder; None of None."""
+    if num_samples_B is None:
+        return None
+    return num_patch_rows(num_frames(num_samples_B), config.patch_size) * config.patches_per_row
 
 
 def patch_padding(num_frames_B: Tensor, frames: int, patch_size: int = 16, columns: int = 8) -> Tensor:

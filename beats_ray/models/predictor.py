@@ -4,7 +4,7 @@ Shapes: B clips, T frames, F mel bins, N patches, M visible patches, K targets, 
 Source: paper section 3.2.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -59,27 +59,24 @@ class MaskedPatchPredictor(nn.Module):
 
         With one codebook, as in the paper, logits_BKV.
         """
-        visible_BM, target_BK, num_real = patch_mask
-        num_visible = num_real and num_real[0]
+        visible_BM, target_BK, num_visible, num_targets = patch_mask
         encoded = self.encoder(fbank_BTF, num_frames_B, visible_BM, num_real=num_visible)
         x_BMD = self.input_proj(encoded.features_BND)
-        batch, num_targets = target_BK.shape
+        batch, targets = target_BK.shape
         if self.mask_vector is None:
-            masks_BKD = x_BMD.new_zeros(batch, num_targets, x_BMD.shape[2])
+            masks_BKD = x_BMD.new_zeros(batch, targets, x_BMD.shape[2])
         else:
-            masks_BKD = self.mask_vector.to(x_BMD.dtype).expand(batch, num_targets, -1)
+            masks_BKD = self.mask_vector.to(x_BMD.dtype).expand(batch, targets, -1)
         position_BL = torch.cat((visible_BM, target_BK), dim=1)
-        is_pad_BL: Tensor | None = torch.cat((encoded.is_pad_BN, target_BK < 0), dim=1)
-        free_look = position_BL.device.type == "cpu" and not torch.compiler.is_compiling()
-        if free_look and is_pad_BL is not None and not is_pad_BL.any():
-            is_pad_BL = None
+        is_pad_BL = torch.cat((encoded.is_pad_BN, target_BK < 0), dim=1)
+        num_real = None if num_visible is None or num_targets is None else num_visible + num_targets
         # Order means nothing to attention, whose bias knows the places: visible first, targets last saves a shuffle.
         grid = self._grid_patches(fbank_BTF)
         bias_BHLL = self.predictor.relative_bias(grid, position_BL.clamp(min=0))
         x_BLD = torch.cat((x_BMD, masks_BKD), dim=1)
-        counts = num_real and (sum(num_real), num_real[1])
-        options: Any = {"first_wanted": visible_BM.shape[1], "num_real": counts}
-        x_BKD = self.predictor.run_layers(x_BLD, bias_BHLL, is_pad_BL, **options)[-1]
+        (x_BKD,) = self.predictor.run_layers(
+            x_BLD, bias_BHLL, is_pad_BL, first_wanted=visible_BM.shape[1], num_real=num_real, num_wanted=num_targets
+        )
         logits: Tensor = self.code_proj(self.layer_norm(x_BKD))
         books = self.config.num_codebooks
         return logits if books == 1 else logits.unflatten(-1, (books, self.config.num_codes))

@@ -256,8 +256,7 @@ class DistillationModel(nn.Module):
         x_BND = self.input_proj(code_BND.to(self.input_proj.weight.dtype))
         bias = self.estimator.relative_bias(is_pad_BN.shape[1])
         hidden = None if num_frames_B is None else is_pad_BN
-        counts = None if num_real is None else (num_real, num_real)
-        x_BND = self.estimator.run_layers(x_BND, bias, hidden, num_real=counts)[-1]
+        x_BND = self.estimator.run_layers(x_BND, bias, hidden, num_real=num_real)[-1]
         estimate = self.teacher_proj(self.layer_norm(x_BND)).float()
         is_real = ~is_pad_BN
         num_patches = is_real.sum()

@@ -1,7 +1,6 @@
 """The Transformer stack that encoder, label predictor and teacher estimator share.
 
-Shapes: B clips, N patches, D width, H heads, R and W rows as in `rows.py`; F frequencies, G groups of C input and O
-output channels, K taps.
+Shapes: B clips, N patches, D width, H heads; F frequencies, G groups of C input and O output channels, K taps.
 Source: paper section 3.1; DeepNorm (arXiv 2203.00555).
 """
 
@@ -16,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from beats_ray.models.attention import AttentionBackend, GatedSelfAttention, GridRelativeBias, RelativeBias
 from beats_ray.models.config import EncoderConfig
+from beats_ray.models.layout import EVERY_PLACE, PACKED_BELOW, Layout, PackedLayout, PaddedLayout, count_real
 from beats_ray.models.recompute import gelu_again, norm_again
-from beats_ray.models.rows import EVERY_PLACE, PACKED_BELOW, PackedRows, PaddedRows, Rows
 from beats_ray.models.spectral import POSITION_CONVOLUTION, SPECTRAL_CLIPS, transform_length
 
 
@@ -40,48 +39,47 @@ class TransformerLayer(nn.Module):
 
     def forward(
         self,
-        x_BND: Tensor,
+        x: Tensor,
         bias_BHNN: Tensor,
         is_pad_BN: Tensor | None,
         *,
         backend: AttentionBackend = "auto",
         recompute: bool = False,
-        rows: Rows = EVERY_PLACE,
+        layout: Layout = EVERY_PLACE,
         norm_before: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """Returns the layer's output for the wanted rows; padding is never attended to.
+        """Returns the layer's output for the wanted patches; padding is never attended to.
 
-        x_BND: (R, D) where rows are packed, and then (W, D) is returned. norm_before: the norm whose output x_BND is,
-        if it is one's.
+        x, result: (B, N, D), or as the layout has it. norm_before: the norm whose output x is, if it is one's.
         """
-        residual = rows.wanted(x_BND)
+        residual = layout.wanted(x)
         if self.pre_norm:
-            x_BND, norm_before = self.self_attn_layer_norm(x_BND), self.self_attn_layer_norm
+            x, norm_before = self.self_attn_layer_norm(x), self.self_attn_layer_norm
         # As attention clip by clip, norms again are for a CPU: reading and writing is what a GPU's time goes by.
-        norms_again = recompute and backend in ("auto", "clipwise") and x_BND.device.type == "cpu"
-        options: Any = {"backend": backend, "recompute": recompute, "rows": rows}
-        with norm_again(x_BND, norm_before if norms_again else None):
-            attended = self._drop(self.self_attn(x_BND, bias_BHNN, is_pad_BN, **options))
+        norms_again = recompute and backend in ("auto", "clipwise") and x.device.type == "cpu"
+        options: Any = {"backend": backend, "recompute": recompute, "layout": layout}
+        with norm_again(x, norm_before if norms_again else None):
+            attended = self._drop(self.self_attn(x, bias_BHNN, is_pad_BN, **options))
         if self.pre_norm:
-            x_BND = residual + attended
-            normed = self.final_layer_norm(x_BND)
-            return x_BND + self._feed_forward(normed, self.final_layer_norm if norms_again else None, recompute)
-        x_BND = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
-        fed = self._feed_forward(x_BND, self.self_attn_layer_norm if norms_again else None, recompute)
-        out: Tensor = self.final_layer_norm(torch.add(fed, x_BND, alpha=self.residual_scale))
+            x = residual + attended
+            normed = self.final_layer_norm(x)
+            return x + self._feed_forward(normed, self.final_layer_norm if norms_again else None, recompute)
+        x = self.self_attn_layer_norm(torch.add(attended, residual, alpha=self.residual_scale))
+        fed = self._feed_forward(x, self.self_attn_layer_norm if norms_again else None, recompute)
+        out: Tensor = self.final_layer_norm(torch.add(fed, x, alpha=self.residual_scale))
         return out
 
-    def _feed_forward(self, x_BND: Tensor, norm_before: nn.LayerNorm | None, recompute: bool) -> Tensor:
-        with norm_again(x_BND, norm_before):
-            hidden = F.gelu(self.fc1(x_BND))
+    def _feed_forward(self, x: Tensor, norm_before: nn.LayerNorm | None, recompute: bool) -> Tensor:
+        with norm_again(x, norm_before):
+            hidden = F.gelu(self.fc1(x))
         if self.training and self.activation_dropout:
             hidden = F.dropout(hidden, self.activation_dropout)
         with gelu_again(hidden) if recompute else nullcontext():
             out = self.fc2(hidden)
         return self._drop(out)
 
-    def _drop(self, x_BND: Tensor) -> Tensor:
-        return F.dropout(x_BND, self.dropout) if self.training and self.dropout else x_BND
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class TransformerStack(nn.Module):
@@ -120,27 +118,35 @@ class TransformerStack(nn.Module):
         *,
         first_wanted: int = 0,
         every_layer: bool = False,
-        num_real: tuple[int, int] | None = None,
-        keep_padding: bool = False,
+        num_real: int | None = None,
+        num_wanted: int | None = None,
+        zero_padding: bool = True,
     ) -> list[Tensor]:
         """Returns the output of the last of the first `num_layers` layers alone, or the input and that of each layer.
 
-        The last output has only the patches from `first_wanted` on, which saves work for the others. What comes out at
-        padding means something with `keep_padding` only.
-        num_real: how many patches are no padding, in all and from `first_wanted` on, where the host knows it. Without
-        it, it looks on a CPU; elsewhere padding goes through the layers, rather than have the host wait.
+        The last output has only the patches from `first_wanted` on, which saves work for the others.
+        num_real, num_wanted: how many patches are no padding, in all and from `first_wanted` on, where the host knows
+        it; see `count_real`. Where it does not, padding goes through the layers.
+        zero_padding: what comes out at padding means nothing, and may be zeros.
         """
         clips = x_BND.shape[0]
-        rows, last_rows = self._rows(None if keep_padding else is_pad_BN, first_wanted, num_real)
-        x = x_BND if isinstance(rows, PaddedRows) else rows.pack(x_BND)
+        layout: Layout = EVERY_PLACE
+        last_layout: Layout = PaddedLayout(first_wanted)
+        if is_pad_BN is not None:
+            num_real = count_real(is_pad_BN, num_real)
+            if num_real == is_pad_BN.numel():  # a mask that hides nothing costs time in every layer
+                is_pad_BN = None
+            elif zero_padding:
+                layout, last_layout = self._layouts(is_pad_BN, first_wanted, num_real, num_wanted)
+        x = layout.pack(x_BND)
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         layers = list(self.layers)[:num_layers]
         outputs = [x_BND] if every_layer or not layers else []
         norm_before: Any = None
         for number, layer in enumerate(layers, start=1):
             if number == len(layers):
-                rows = last_rows
-            options: Any = {"backend": self.attention_backend, "rows": rows}
+                layout = last_layout
+            options: Any = {"backend": self.attention_backend, "layout": layout}
             if checkpointed:
                 new = checkpoint(layer, x, bias_BHNN, is_pad_BN, use_reentrant=False, **options)
             else:
@@ -150,25 +156,21 @@ class TransformerStack(nn.Module):
             if self.training and self.layer_drop:
                 # Drawn for each clip and applied to the result: every worker runs every layer, as ZeRO-3 requires.
                 keep_B = torch.rand(clips, device=x.device) >= self.layer_drop
-                new = torch.where(rows.of_clips(keep_B), new, rows.wanted(x))
+                new = torch.where(layout.of_clips(keep_B), new, layout.wanted(x))
             x = new
             if every_layer or number == len(layers):
-                outputs.append(rows.wanted_grid(x))
+                outputs.append(layout.wanted_grid(x))
         return outputs
 
-    def _rows(self, is_pad_BN: Tensor | None, first_wanted: int, num_real: tuple[int, int] | None) -> tuple[Rows, Rows]:
-        """The rows of all layers but the last, and those of the last."""
-        padded = EVERY_PLACE, PaddedRows(first_wanted)
-        if is_pad_BN is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():  # one shape for all
-            return padded
-        if num_real is None:
-            if is_pad_BN.device.type != "cpu":
-                return padded
-            num_real = int((~is_pad_BN).sum()), int((~is_pad_BN[:, first_wanted:]).sum())
-        if not 0 < num_real[0] < self.packed_below * is_pad_BN.numel():
-            return padded
-        packed = PackedRows.of(is_pad_BN, num_real[0])
-        return packed, packed.from_place(first_wanted, num_real[1]) if first_wanted else packed
+    def _layouts(
+        self, is_pad_BN: Tensor, first_wanted: int, num_real: int | None, num_wanted: int | None
+    ) -> tuple[Layout, Layout]:
+        """Those of all layers but the last, and of the last."""
+        num_wanted = count_real(is_pad_BN[:, first_wanted:], num_wanted) if first_wanted else num_real
+        if num_real is None or num_wanted is None or not 0 < num_real < self.packed_below * is_pad_BN.numel():
+            return EVERY_PLACE, PaddedLayout(first_wanted)
+        packed = PackedLayout.of(is_pad_BN, num_real)
+        return packed, packed.from_place(first_wanted, num_wanted) if first_wanted else packed
 
     def use(self, attention_backend: AttentionBackend | None = None, checkpoint_layers: bool | None = None) -> Self:
         """Sets how the stack computes, not what it computes."""

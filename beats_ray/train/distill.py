@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from beats_ray.config import DistillConfig, DistillSettings
+from beats_ray.config import ConfigError, DistillConfig, DistillSettings
 from beats_ray.data.batches import MicroBatch
 from beats_ray.models import (
     AudioClassifier,
@@ -29,6 +29,7 @@ from beats_ray.models import (
     save_model,
 )
 from beats_ray.models.config import EncoderConfig
+from beats_ray.models.patches import count_patches
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums
 
@@ -43,10 +44,17 @@ def resolve_learning_rate(config: DistillConfig, teacher_kind: str) -> DistillCo
 
 def tokenizer_config(settings: DistillSettings, teacher: EncoderConfig) -> TokenizerConfig:
     """The tokenizer that is trained: it sees what the teacher, which has this encoder, sees."""
+    encoder = settings.encoder.resolve()
+    for name in ("patch_size", "num_mel_bins"):
+        if getattr(encoder, name) != getattr(teacher, name):
+            raise ConfigError(
+                f"encoder.overrides.{name}: the tokenizer has {getattr(encoder, name)}, its teacher "
+                f"{getattr(teacher, name)}; they must agree, because each patch is estimated from its code"
+            )
     chosen = settings.tokenizer
     normalisation = {"fbank_mean": teacher.fbank_mean, "fbank_std": teacher.fbank_std}
     return TokenizerConfig(
-        encoder=settings.encoder.resolve().model_copy(update=normalisation),
+        encoder=encoder.model_copy(update=normalisation),
         quantizer=QuantizerConfig(
             num_codes=chosen.num_codes,
             code_dim=chosen.code_dim,
@@ -121,7 +129,8 @@ class DistillTask:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._seen.fbank_mean, self._seen.fbank_std)
         teacher = self._teacher.to(fbank_BTF.device)
-        num_real = batch.num_real
+        num_patches_B = count_patches(batch.host_num_samples_B, self._config.encoder)
+        num_real = None if num_patches_B is None else int(num_patches_B.sum())
         is_half = self._settings.train.precision != "fp32"  # the teacher's weights stay as they are, in fp32
         with torch.autocast(fbank_BTF.device.type, torch.bfloat16, enabled=is_half):
             if isinstance(teacher, AudioClassifier):
@@ -131,10 +140,7 @@ class DistillTask:
                 depth = self._settings.tokenizer.teacher_layer
                 encoded = teacher(fbank_BTF, num_frames_B, layer=depth, num_real=num_real)
                 target_BND, is_pad_BN = encoded.features_BND, encoded.is_pad_BN
-        num_targets = (~is_pad_BN).sum()
-        if self._settings.train.compile:  # with one shape for all steps
-            num_real = None
-        return Prepared((fbank_BTF, num_frames_B, target_BND.float(), num_real), num_targets)
+        return Prepared((fbank_BTF, num_frames_B, target_BND.float(), num_real), (~is_pad_BN).sum())
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "model.tokenizer."

@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beats_ray.config import FinetuneSettings
-from beats_ray.data.augment import change_gain, draw_mixture, mask_spectrogram, mix, mix_targets, roll
+from beats_ray.data.augment import (
+    Mixture,
+    change_gain,
+    draw_mixture,
+    mask_spectrogram,
+    mix,
+    mix_targets,
+    mixed_lengths,
+    on_cpu,
+    roll,
+)
 from beats_ray.data.batches import MicroBatch
 from beats_ray.data.manifest import DatasetManifest
 from beats_ray.models import (
@@ -27,6 +37,7 @@ from beats_ray.models import (
     normalise_fbank,
     save_model,
 )
+from beats_ray.models.patches import count_patches
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums, RankedScores
 
@@ -121,13 +132,16 @@ class FinetuneTask:
     def prepare(self, batch: MicroBatch, generator: torch.Generator, training: bool) -> Prepared:
         augment = self._settings.augment
         wave_BS, targets_BC = batch.audio_BS.float() / 32768.0, batch.targets_BC.float()
-        num_samples_B = batch.num_samples_B
+        num_samples_B, host_num_samples_B = batch.num_samples_B, batch.host_num_samples_B
         mixture = None
         if training:
             wave_BS = roll(wave_BS, num_samples_B, round(augment.roll_seconds * self._config.sample_rate_hz), generator)
             wave_BS = change_gain(wave_BS, augment.gain_db, generator)
             if augment.mixup:
-                mixture = draw_mixture(len(wave_BS), augment.mixup, augment.mixup_probability, generator)
+                on_host = draw_mixture(len(wave_BS), augment.mixup, augment.mixup_probability, on_cpu(generator))
+                if host_num_samples_B is not None:
+                    host_num_samples_B = mixed_lengths(host_num_samples_B, on_host)
+                mixture = Mixture(*(drawn.to(wave_BS.device, non_blocking=True) for drawn in on_host))
                 targets_BC = mix_targets(targets_BC, mixture)
         if mixture is not None and augment.mixup_of == "waveform":
             wave_BS, num_samples_B = mix(wave_BS, num_samples_B, mixture)
@@ -144,8 +158,8 @@ class FinetuneTask:
                 generator,
             )
         clips = torch.full((), len(wave_BS), device=wave_BS.device)
-        # Mixed clips have the longer length of two, and compiled steps one shape.
-        num_real = None if mixture is not None or self._settings.train.compile else batch.num_real
+        num_patches_B = count_patches(host_num_samples_B, self._config)
+        num_real = None if num_patches_B is None else int(num_patches_B.sum())
         return Prepared((fbank_BTF, num_frames_B, targets_BC, num_real), clips)
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:

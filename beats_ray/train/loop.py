@@ -1,4 +1,4 @@
-"""The training loop: fetch, prepare, forward, backward, step, log, validate, checkpoint.
+"""The training loop: forward, backward, fetch and prepare what comes next, step, log, validate, checkpoint.
 
 One loop serves every task. A task turns a micro-batch into inputs and says how many targets they hold *before* the
 forward pass, so that each worker's loss is divided by the number of targets of the whole global batch: the gradient
@@ -11,7 +11,7 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 import contextlib
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -41,6 +41,7 @@ class Prepared:
     inputs: tuple[Any, ...]
     num_targets: torch.Tensor
     """How many terms the loss sums over, scalar."""
+    clip_ids: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -141,21 +142,20 @@ def run_training(  # noqa: C901, PLR0912, PLR0915  # the whole order of a run, i
             context.gather(log.newest if log else None)[0] if first_step == settings.steps else {}
         )
 
-        ahead = _Ahead(task, batches, settings, context, first_step)
+        ahead = _Ahead(task, batches, settings, context, meter)
         for step in range(first_step, settings.steps):
+            prepared = ahead.take()
             _begin_step(task, settings.seed, step, context.rank)
             look_due = notices.due()
-            fetched, prepared = ahead.take()
-            for batch in fetched:
-                meter.fetched(batch)
-            results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due, ahead)
+            prepare_next = ahead.prepare if step + 1 < settings.steps else None
+            results, is_bad, look_due = _train_step(engine, prepared, step, context, look_due, prepare_next)
             task.end_step(moved=results is not None)
             if results is not None:
                 skipped.count = 0
                 for sums in results:
                     meter.add(sums)
             elif is_bad:
-                skipped.record(step, [batch.clip_ids for batch in fetched])
+                skipped.record(step, [part.clip_ids for part in prepared])
 
             done = step + 1
             last = done == settings.steps
@@ -209,38 +209,50 @@ class _Ahead:
     """The micro-batches of one step after the other, those of the next prepared while the device computes this one."""
 
     def __init__(
-        self, task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, step: int
+        self, task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: Meter
     ) -> None:
         self._task = task
         self._batches = batches
         self._settings = settings
         self._context = context
-        self._step = step
-        """Of the micro-batches that come next."""
-        self._coming: list[tuple[MicroBatch, Prepared]] = []
+        self._meter = meter
+        self._coming: list[Prepared] = []
+        self._error: Exception | None = None
 
-    def take(self) -> tuple[list[MicroBatch], list[Prepared]]:
+    def take(self) -> list[Prepared]:
         """Those of the step that begins."""
-        self.look()
+        if not self._coming and self._error is None:
+            self.prepare()
+        if self._error is not None:
+            raise self._error
         coming, self._coming = self._coming, []
-        return [batch for batch, _ in coming], [prepared for _, prepared in coming]
+        return coming
 
-    def look(self) -> None:
-        """Prepares those of the next step, if there is one and they are not prepared yet."""
-        if not self._coming and self._step < self._settings.steps:
-            steps = self._settings.accumulation_steps(self._context.world_size)
-            self._coming = [self._prepare() for _ in range(steps)]
-            self._step += 1
+    def prepare(self) -> None:
+        """Fetches and prepares those that come next; what goes wrong `take` raises, when the step before is whole."""
+        count = self._settings.accumulation_steps(self._context.world_size)
+        try:
+            self._coming = [self._prepare_one() for _ in range(count)]
+        except Exception as error:  # noqa: BLE001  # it is raised
+            self._error = error
 
-    def _prepare(self) -> tuple[MicroBatch, Prepared]:
+    def _prepare_one(self) -> Prepared:
         batch = next(self._batches)
+        self._meter.fetched(batch)
+        if self._settings.compile:  # a compiled step has one shape, however much of it is padding
+            batch = replace(batch, host_num_samples_B=None)
         seed = seed_of(self._settings.seed, batch.first_position)
         generator = torch.Generator(self._context.device).manual_seed(seed)
-        return batch, self._task.prepare(batch, generator, training=True)
+        return replace(self._task.prepare(batch, generator, training=True), clip_ids=batch.clip_ids)
 
 
 def _train_step(
-    engine: Engine, prepared: list[Prepared], step: int, context: WorkerContext, look_due: bool, ahead: _Ahead
+    engine: Engine,
+    prepared: list[Prepared],
+    step: int,
+    context: WorkerContext,
+    look_due: bool,
+    prepare_next: Callable[[], None] | None,
 ) -> tuple[list[MetricSums] | None, bool, bool]:
     """One optimizer step: its micro-batches' sums, or None where it was left out; and whether it was a bad one.
 
@@ -257,8 +269,9 @@ def _train_step(
         loss_sum, sums = engine(*part.inputs)
         engine.backward(loss_sum / num_targets.clamp(min=1).to(loss_sum.dtype))
         last = index == len(prepared) - 1
-        if last:  # the device has this step's work yet to do, and the engine is about to wait for it
-            ahead.look()
+        prepared[index] = replace(part, inputs=())  # the next step's come into their memory
+        if last and prepare_next:  # the device has work to do, and the engine is about to wait for it
+            prepare_next()
         moved = engine.step(step, last_micro_batch=last)
         results.append({"train/loss": (loss_sum, part.num_targets), **sums})
     # The engine has just waited for the device, to know whether the gradient is finite: this costs no further wait.

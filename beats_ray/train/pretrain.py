@@ -32,7 +32,7 @@ from beats_ray.models import (
     sample_patch_mask,
     save_model,
 )
-from beats_ray.models.patches import patch_padding, silent_patches
+from beats_ray.models.patches import count_patches, patch_padding, silent_patches
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums, code_counts
 
@@ -140,7 +140,6 @@ class PretrainTask:
             MaskedPatchPredictor(encoder, predictor), settings.train.compile, settings.predictor.label_smoothing
         )
         self._masking: MaskingSettings = settings.masking
-        self._compiled = settings.train.compile
         self._config = encoder.config
         self._positions = encoder.positions
         self._tokenizer = tokenizer.eval() if tokenizer is not None else None
@@ -172,15 +171,14 @@ class PretrainTask:
             # The tokenizer normalises by its own statistics, as in a labels stage; the encoder may have others.
             labels = self._tokenizer.to(fbank_BTF.device).label_fbank(fbank_BTF, num_frames_B)
         fbank_BTF = normalise_fbank(fbank_BTF, self._config.fbank_mean, self._config.fbank_std)
-        is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size)
+        columns = self._config.patches_per_row
+        is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size, columns)
         labels = labels.long().masked_fill(is_pad_BN if labels.dim() == 2 else is_pad_BN.unsqueeze(-1), -1)
         masking = self._masking
         sizes = (masking.ratio, generator, masking.block_size, masking.max_targets)
-        mask = sample_patch_mask(is_pad_BN, *sizes, num_real_B=self._num_real(batch))
+        num_real_B = count_patches(batch.host_num_samples_B, self._config)
+        mask = sample_patch_mask(is_pad_BN, *sizes, patches_per_row=columns, num_real_B=num_real_B)
         return Prepared((fbank_BTF, num_frames_B, mask, labels), (mask.target_BK >= 0).sum())
-
-    def _num_real(self, batch: MicroBatch) -> Tensor | None:
-        return None if self._compiled else batch.host_num_patches_B  # compiled, all steps have the same shapes
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         prefix = "predictor.encoder."

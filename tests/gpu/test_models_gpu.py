@@ -69,7 +69,7 @@ def test_padding_that_is_left_out_of_the_layers_changes_neither_features_nor_gra
         (features * torch.linspace(-1, 1, features.shape[-1], device="cuda")).sum().backward()
         assert rows[0][0].dim() == (3 if num_real is None else 2)
         results.append([features] + [one.grad for one in encoder.parameters() if one.grad is not None])
-    for packed, padded in zip(*results, strict=True):
+    for padded, packed in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded, atol=1e-3 * float(padded.abs().max()) + 1e-5, rtol=1e-3)
 
 

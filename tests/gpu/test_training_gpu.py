@@ -1,5 +1,6 @@
 """A worker's whole steps on a CUDA device: copy, filterbank, module and engine. Run by `make test-gpu`."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,13 +24,14 @@ def settings(precision: Any = "bf16") -> BenchConfig:
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("padding", ["none", "left out", "computed"])
 @pytest.mark.parametrize("cases", [pretrain_cases, finetune_cases])
-def test_a_worker_moves_finite_weights(cases: Any, precision: str, ema_decay: float) -> None:
+def test_a_worker_moves_finite_weights(cases: Any, padding: Any, precision: str, ema_decay: float) -> None:
     pytest.importorskip("deepspeed", reason="the engine's package is not installed")
     config = settings(precision)
     task, train, batch = cases.our_task(config)
     train = train.model_copy(update={"ema_decay": ema_decay, "warmup_steps": 0, "learning_rate": 1e-2})
-    step = engine_step(config, task, train, batch)
+    step = engine_step(config, task, train, batch, padding=padding)
     before = [one.detach().clone() for one in task.module.parameters() if one.requires_grad]
     for _ in range(STEPS):
         step()
@@ -37,6 +39,24 @@ def test_a_worker_moves_finite_weights(cases: Any, precision: str, ema_decay: fl
     assert {one.device.type for one in after} == {"cuda"}
     assert all(one.isfinite().all() for one in after)
     assert any(not torch.equal(old.to(new), new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("cases", [pretrain_cases, finetune_cases])
+def test_neither_forward_nor_backward_pass_waits_for_the_device(cases: Any, is_padded: bool) -> None:
+    task, _, batch = cases.our_task(settings())
+    if is_padded:
+        lengths_B = (batch.num_samples_B * torch.linspace(0.25, 1.0, 8)).long().pin_memory()
+        batch = replace(batch, num_samples_B=lengths_B, host_num_samples_B=lengths_B)
+    module = task.module.cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    for mode in ("default", "error"):  # what is set up once may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss_sum, _ = module(*task.prepare(batch.to("cuda"), generator, training=True).inputs)
+            loss_sum.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_batch_in_pinned_memory_arrives_as_it_was() -> None:

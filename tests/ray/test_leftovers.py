@@ -57,7 +57,7 @@ def test_a_run_whose_starter_is_killed_gives_its_cpus_back(tmp_path: Path) -> No
 
 
 def reservations() -> set[str]:
-    """The placement groups that hold CPUs, by their names; other tests' may go at any time."""
+    """The placement groups that hold or await CPUs, by their ids; other tests' may go at any time."""
     from ray.util import placement_group_table
 
     return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beats_ray.models.attention import GatedSelfAttention, RelativeBias, _attend_clipwise
-from beats_ray.models.rows import PaddedRows
+from beats_ray.models.layout import PaddedLayout
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +23,7 @@ def gradients(backend: Any, dtype: torch.dtype, *, shared: bool, first_query: in
     x_BND = torch.randn(CLIPS, PATCHES, WIDTH, dtype=dtype, requires_grad=True)
     bias_BHNN = torch.randn(1 if shared else CLIPS, HEADS, PATCHES, PATCHES, dtype=dtype, requires_grad=not frozen)
     is_pad_BN = torch.arange(PATCHES) >= torch.tensor([[PATCHES], [9], [0]])
-    out = attention(x_BND, bias_BHNN, is_pad_BN, backend=backend, rows=PaddedRows(first_query))
+    out = attention(x_BND, bias_BHNN, is_pad_BN, backend=backend, layout=PaddedLayout(first_query))
     (out * torch.randn(out.shape).to(dtype)).sum().backward()
     found = {"out": out.detach(), "x": x_BND.grad, "bias": bias_BHNN.grad}
     found |= {name: parameter.grad for name, parameter in attention.named_parameters()}

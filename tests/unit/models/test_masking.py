@@ -26,7 +26,7 @@ PADDED = patch_padding(torch.tensor([496, 300, 40, 10, 0]), 496)
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
 def test_visible_and_targets_divide_the_real_patches_of_each_clip(ratio: float, block_size: int) -> None:
-    visible, target, _ = draw(PADDED, mask_ratio=ratio, block_size=block_size)
+    visible, target, *_ = draw(PADDED, mask_ratio=ratio, block_size=block_size)
     for clip, (seen, asked) in enumerate(zip(real(visible), real(target), strict=True)):
         count = int((~PADDED[clip]).sum())
         assert sorted(seen + asked) == list(range(count))
@@ -37,7 +37,7 @@ def test_visible_and_targets_divide_the_real_patches_of_each_clip(ratio: float, 
 
 def test_indices_precede_their_padding_and_shapes_depend_on_the_grid_alone() -> None:
     for is_pad in (PADDED, torch.zeros_like(PADDED)):
-        visible, target, _ = draw(is_pad, mask_ratio=0.75)
+        visible, target, *_ = draw(is_pad, mask_ratio=0.75)
         assert visible.shape == (5, 62)
         assert target.shape == (5, 186)
         for index in (visible, target):

@@ -227,6 +227,9 @@ def test_a_tokenizer_s_forward_pass(seconds: float) -> None:
         if isinstance(tokenizer, SelfDistilledTokenizer):
             tokenizer.quantizer.batches_seen.fill_(4)
             extra = -(-patches // 496) * one_place(config)
+        for module in tokenizer.modules():
+            if isinstance(module, TransformerStack):
+                module.packed_below = 0.0  # the formula counts the padding of the last window
         tokenizer.eval()
         flops = counted(_Labelling(tokenizer), values)
         expected = tokenizer_flops(describe_model(tokenizer), patches)

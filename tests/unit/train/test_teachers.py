@@ -62,8 +62,13 @@ def test_a_fine_tuned_teacher_is_distilled_by_the_logits_of_each_patch(tmp_path:
          "tokenizer": {"num_codes": 16, "code_dim": 8, "init_batches": 2}},
     )  # fmt: skip
     task = DistillTask(settings, teacher)
+    other = validate(
+        DistillSettings, {"train": TRAIN, "encoder": {"preset": "tiny", "overrides": SMALL | {"patch_size": 8}}}
+    )
+    with pytest.raises(ConfigError, match=r"encoder.overrides.patch_size: the tokenizer has 8, its teacher 16"):
+        DistillTask(other, teacher)
     batch = next(SyntheticBatches(4, 4).training(0))
-    fbank_BTF, num_frames_B, target_BNC = task.prepare(batch, torch.Generator(), True).inputs
+    fbank_BTF, num_frames_B, target_BNC, _ = task.prepare(batch, torch.Generator(), True).inputs
     logits_BC = teacher(fbank_BTF, num_frames_B)
     is_real_BN1 = ~teacher.classify(fbank_BTF, num_frames_B).is_pad_BN.unsqueeze(-1)
     assert target_BNC.shape[-1] == CLASSES
