@@ -9,7 +9,7 @@ costs three forward passes: its own, and the gradients of its inputs and of its 
 spectrogram, which nobody needs, is subtracted. A frozen part costs one. What is computed again in the backward pass
 (attention, activation checkpointing) is not counted, as is the rule for MFU (PaLM, arXiv 2204.02311, appendix B): MFU
 falls where recomputation costs time. Every clip counts with its full length, `data.clip_seconds`, padding included,
-because that is the shape of the batch.
+whether or not a batch's padding is computed.
 
 Shapes: N patches of the grid, M visible patches, K targets, D width, V codes.
 """
