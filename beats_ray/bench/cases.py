@@ -101,6 +101,16 @@ def int16_batch(config: BenchConfig) -> Any:
     return to_micro_batch(columns, pin_memory=config.device == "cuda")
 
 
+def with_padding(batch: Any) -> Any:
+    """The same batch, its first clip a quarter of the length, its last all of it, and in equal steps between."""
+    import torch
+
+    shares_B = torch.linspace(0.25, 1.0, len(batch.num_samples_B))
+    lengths_B = (batch.num_samples_B * shares_B).long()
+    lengths_B = lengths_B.pin_memory() if batch.num_samples_B.is_pinned() else lengths_B
+    return replace(batch, num_samples_B=lengths_B, host_num_samples_B=lengths_B)
+
+
 def training_process(config: BenchConfig) -> Any:
     """The context of the one worker that a case is, with the process group that DeepSpeed asks for."""
     import os
@@ -120,31 +130,27 @@ def engine_step(
 ) -> Step:
     """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated.
 
-    compiled: by PyTorch's compiler (`train.compile`). padding: of a batch that has some, a clip has a quarter of the
-    length, another all of it, and the rest lie between, in equal steps; mixup gives a clip the longer length of two.
+    compiled: by PyTorch's compiler (`train.compile`). padding: of a batch `with_padding`; mixup gives a clip the longer
+    length of two.
     """
     import torch
 
     from beats_ray.bench.kernels import OPTIMIZER
-    from beats_ray.models.transformer import TransformerStack
+    from beats_ray.models.transformer import pack_below
     from beats_ray.train.engine import Engine
 
     if padding != "none":
-        shares_B = torch.linspace(0.25, 1.0, len(batch.num_samples_B))
-        lengths_B = (batch.num_samples_B * shares_B).long()
-        batch = replace(batch, num_samples_B=lengths_B, host_num_samples_B=lengths_B)
-        for stack in task.module.modules():
-            if padding == "computed" and isinstance(stack, TransformerStack):
-                stack.packed_below = 0.0
+        batch = with_padding(batch)
+    if padding == "computed":
+        pack_below(task.module, 0.0)
+    if compiled:  # as in the loop
+        batch = replace(batch, host_num_samples_B=None)
     context = training_process(config)
     engine = Engine(task.module, train.model_copy(update={"compile": compiled}), task.depths())
     generator = torch.Generator(context.device).manual_seed(config.seed)
 
     def step() -> None:
-        moved = batch.to(context.device)
-        if compiled:  # as in the loop
-            moved = replace(moved, host_num_samples_B=None)
-        prepared = task.prepare(moved, generator, training=True)
+        prepared = task.prepare(batch.to(context.device), generator, training=True)
         loss_sum, _sums = engine(*prepared.inputs)
         engine.backward(loss_sum / prepared.num_targets)
         with torch.profiler.record_function(OPTIMIZER):

@@ -13,6 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from beats_ray.models.patches import scatter_rows
+
 PACKED_BELOW = 0.9
 """Patches are packed where less than this share of the places is real."""
 
@@ -33,12 +35,12 @@ def count_real(is_pad_BN: Tensor, known: int | None = None) -> int | None:
     return counted
 
 
+@dataclass(frozen=True)
 class PaddedLayout:
     """Every place of the batch: what enters a layer has the shape (B, N, D), what leaves it (B, Q, D)."""
 
-    def __init__(self, first: int = 0) -> None:
-        """first: the first place of a clip that leaves the layer."""
-        self.first = first
+    first: int = 0
+    """The first place of a clip that leaves the layer."""
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """What enters the first layer, of a batch."""
@@ -103,11 +105,11 @@ class PackedLayout:
 
     def grid(self, x_RD: Tensor) -> Tensor:
         """What enters the layer as (B, N, D), zeros at padding."""
-        return _spread(x_RD, self.place_R, self.shape)
+        return scatter_rows(x_RD, self.place_R, self.shape)
 
     def wanted_grid(self, x_WD: Tensor) -> Tensor:
         """What leaves the layer as (B, Q, D), zeros at padding."""
-        return _spread(x_WD, self.wanted_place_W, (self.shape[0], self.shape[1] - self.first))
+        return scatter_rows(x_WD, self.wanted_place_W, (self.shape[0], self.shape[1] - self.first))
 
     def from_wanted_grid(self, x_BQD: Tensor) -> Tensor:
         """What `wanted_grid` was given."""
@@ -125,9 +127,3 @@ EVERY_PLACE = PaddedLayout()
 def _indices(chosen: Tensor, count: int) -> Tensor:
     """Where a vector is true, which the host knows to be at so many places: it does not wait for the device."""
     return chosen.nonzero_static(size=count).squeeze(1)
-
-
-def _spread(x_RD: Tensor, place_R: Tensor, shape: tuple[int, int]) -> Tensor:
-    clips, places = shape
-    grid = x_RD.new_zeros(clips * places, x_RD.shape[1]).index_copy_(0, place_R, x_RD)
-    return grid.view(clips, places, x_RD.shape[1])

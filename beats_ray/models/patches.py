@@ -4,12 +4,14 @@ Shapes: B clips, T frames, F mel bins, R time steps of the grid, C patches along
 P values in a patch, M kept patches, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from beats_ray.models.config import EncoderConfig
-from beats_ray.models.fbank import num_frames, num_patch_rows, zero_past_end
+from beats_ray.models.fbank import CountT, num_frames, num_patch_rows, zero_past_end
 
 SILENT_RANGE = 1e-4
 """Normalised log-mel values that differ by less are the same up to rounding."""
@@ -46,11 +48,15 @@ def silent_patches(fbank_BTF: Tensor, patch_size: int = 16) -> Tensor:
     return patches_BNP.amax(-1) - patches_BNP.amin(-1) < SILENT_RANGE
 
 
-def count_patches(num_samples_B: Tensor | None, config: EncoderConfig) -> Tensor | None:
-    """Patches of clips of so many samples in the grid of an encoder; None of None."""
-    if num_samples_B is None:
-        return None
-    return num_patch_rows(num_frames(num_samples_B), config.patch_size) * config.patches_per_row
+def grid_patches(num_samples: CountT, config: EncoderConfig) -> CountT:
+    """Patches of a clip of so many samples, or of each of several, in the grid of an encoder."""
+    patches: Any = num_patch_rows(num_frames(num_samples), config.patch_size) * config.patches_per_row
+    return patches
+
+
+def count_patches(num_samples_B: Tensor | None, config: EncoderConfig) -> int | None:
+    """Patches of all clips of so many samples together, on the CPU; None of None."""
+    return None if num_samples_B is None else int(grid_patches(num_samples_B, config).sum())
 
 
 def patch_padding(num_frames_B: Tensor, frames: int, patch_size: int = 16, columns: int = 8) -> Tensor:
@@ -90,5 +96,12 @@ def put_patches(features_BMD: Tensor, index_BM: Tensor, num_patches: int) -> Ten
     spare = num_patches + 1  # one more row a clip takes what is dropped
     offset_B1 = torch.arange(batch, device=index_BM.device).unsqueeze(1) * spare
     flat = (torch.where(index_BM < 0, num_patches, index_BM) + offset_B1).reshape(-1)
-    grid = features_BMD.new_zeros(batch * spare, width).index_copy(0, flat, features_BMD.reshape(-1, width))
-    return grid.view(batch, spare, width)[:, :num_patches]
+    return scatter_rows(features_BMD.reshape(-1, width), flat, (batch, spare))[:, :num_patches]
+
+
+def scatter_rows(features_RD: Tensor, place_R: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Puts each of R rows to its place in the flattened grid of this shape (clips, places): (clips, places, D)."""
+    clips, places = shape
+    width = features_RD.shape[1]
+    grid = features_RD.new_zeros(clips * places, width).index_copy_(0, place_R, features_RD)
+    return grid.view(clips, places, width)

@@ -130,14 +130,12 @@ class TransformerStack(nn.Module):
         zero_padding: what comes out at padding means nothing, and may be zeros.
         """
         clips = x_BND.shape[0]
-        layout: Layout = EVERY_PLACE
-        last_layout: Layout = PaddedLayout(first_wanted)
         if is_pad_BN is not None:
             num_real = count_real(is_pad_BN, num_real)
             if num_real == is_pad_BN.numel():  # a mask that hides nothing costs time in every layer
                 is_pad_BN = None
-            elif zero_padding:
-                layout, last_layout = self._layouts(is_pad_BN, first_wanted, num_real, num_wanted)
+        to_leave_out_BN = is_pad_BN if zero_padding else None
+        layout, last_layout = self._layouts(to_leave_out_BN, first_wanted, num_real, num_wanted)
         x = layout.pack(x_BND)
         checkpointed = self.checkpoint_layers and torch.is_grad_enabled()
         layers = list(self.layers)[:num_layers]
@@ -163,12 +161,15 @@ class TransformerStack(nn.Module):
         return outputs
 
     def _layouts(
-        self, is_pad_BN: Tensor, first_wanted: int, num_real: int | None, num_wanted: int | None
+        self, is_pad_BN: Tensor | None, first_wanted: int, num_real: int | None, num_wanted: int | None
     ) -> tuple[Layout, Layout]:
         """Those of all layers but the last, and of the last."""
+        padded = EVERY_PLACE, PaddedLayout(first_wanted)
+        if is_pad_BN is None:
+            return padded
         num_wanted = count_real(is_pad_BN[:, first_wanted:], num_wanted) if first_wanted else num_real
         if num_real is None or num_wanted is None or not 0 < num_real < self.packed_below * is_pad_BN.numel():
-            return EVERY_PLACE, PaddedLayout(first_wanted)
+            return padded
         packed = PackedLayout.of(is_pad_BN, num_real)
         return packed, packed.from_place(first_wanted, num_wanted) if first_wanted else packed
 
@@ -179,6 +180,13 @@ class TransformerStack(nn.Module):
         if checkpoint_layers is not None:
             self.checkpoint_layers = checkpoint_layers
         return self
+
+
+def pack_below(module: nn.Module, share: float) -> None:
+    """Sets `packed_below` of all stacks of a module."""
+    for stack in module.modules():
+        if isinstance(stack, TransformerStack):
+            stack.packed_below = share
 
 
 def initialise_stack(stack: nn.Module, config: EncoderConfig) -> None:

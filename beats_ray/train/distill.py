@@ -129,8 +129,7 @@ class DistillTask:
         fbank_BTF, num_frames_B = compute_fbank(batch.audio_BS, batch.num_samples_B, self._config.encoder.num_mel_bins)
         fbank_BTF = normalise_fbank(fbank_BTF, self._seen.fbank_mean, self._seen.fbank_std)
         teacher = self._teacher.to(fbank_BTF.device)
-        num_patches_B = count_patches(batch.host_num_samples_B, self._config.encoder)
-        num_real = None if num_patches_B is None else int(num_patches_B.sum())
+        num_real = count_patches(batch.host_num_samples_B, self._config.encoder)
         is_half = self._settings.train.precision != "fp32"  # the teacher's weights stay as they are, in fp32
         with torch.autocast(fbank_BTF.device.type, torch.bfloat16, enabled=is_half):
             if isinstance(teacher, AudioClassifier):

@@ -158,8 +158,7 @@ class FinetuneTask:
                 generator,
             )
         clips = torch.full((), len(wave_BS), device=wave_BS.device)
-        num_patches_B = count_patches(host_num_samples_B, self._config)
-        num_real = None if num_patches_B is None else int(num_patches_B.sum())
+        num_real = count_patches(host_num_samples_B, self._config)
         return Prepared((fbank_BTF, num_frames_B, targets_BC, num_real), clips)
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:

@@ -113,10 +113,9 @@ def fbank_flops(num_samples: int) -> int:
 
 def patches_of(clip_seconds: float, config: EncoderConfig) -> int:
     """Patches of the grid of a clip: 496 for 10 s and 128 mel bins."""
-    from beats_ray.models.fbank import num_frames, num_patch_rows  # which load torch
+    from beats_ray.models.patches import grid_patches  # which loads torch
 
-    frames = num_frames(round(clip_seconds * config.sample_rate_hz))
-    return num_patch_rows(frames, config.patch_size) * config.patches_per_row
+    return grid_patches(round(clip_seconds * config.sample_rate_hz), config)
 
 
 def masked_counts(patches: int, masking: MaskingSettings) -> tuple[int, int]:

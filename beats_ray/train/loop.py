@@ -11,7 +11,7 @@ restored at a checkpoint goes on exactly as if it had not stopped.
 import contextlib
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -205,19 +205,17 @@ def _saves(settings: TrainSettings, done: int, noticed: bool) -> bool:
     return last or noticed or done % settings.checkpoint_every_steps == 0
 
 
+@dataclass
 class _Ahead:
     """The micro-batches of one step after the other, those of the next prepared while the device computes this one."""
 
-    def __init__(
-        self, task: Task, batches: Iterator[MicroBatch], settings: TrainSettings, context: WorkerContext, meter: Meter
-    ) -> None:
-        self._task = task
-        self._batches = batches
-        self._settings = settings
-        self._context = context
-        self._meter = meter
-        self._coming: list[Prepared] = []
-        self._error: Exception | None = None
+    task: Task
+    batches: Iterator[MicroBatch]
+    settings: TrainSettings
+    context: WorkerContext
+    meter: Meter
+    _coming: list[Prepared] = field(default_factory=list)
+    _error: Exception | None = None
 
     def take(self) -> list[Prepared]:
         """Those of the step that begins."""
@@ -230,20 +228,20 @@ class _Ahead:
 
     def prepare(self) -> None:
         """Fetches and prepares those that come next; what goes wrong `take` raises, when the step before is whole."""
-        count = self._settings.accumulation_steps(self._context.world_size)
+        count = self.settings.accumulation_steps(self.context.world_size)
         try:
             self._coming = [self._prepare_one() for _ in range(count)]
         except Exception as error:  # noqa: BLE001  # it is raised
             self._error = error
 
     def _prepare_one(self) -> Prepared:
-        batch = next(self._batches)
-        self._meter.fetched(batch)
-        if self._settings.compile:  # a compiled step has one shape, however much of it is padding
+        batch = next(self.batches)
+        self.meter.fetched(batch)
+        if self.settings.compile:  # a compiled step has one shape, however much of it is padding
             batch = replace(batch, host_num_samples_B=None)
-        seed = seed_of(self._settings.seed, batch.first_position)
-        generator = torch.Generator(self._context.device).manual_seed(seed)
-        return replace(self._task.prepare(batch, generator, training=True), clip_ids=batch.clip_ids)
+        seed = seed_of(self.settings.seed, batch.first_position)
+        generator = torch.Generator(self.context.device).manual_seed(seed)
+        return replace(self.task.prepare(batch, generator, training=True), clip_ids=batch.clip_ids)
 
 
 def _train_step(

@@ -32,7 +32,7 @@ from beats_ray.models import (
     sample_patch_mask,
     save_model,
 )
-from beats_ray.models.patches import count_patches, patch_padding, silent_patches
+from beats_ray.models.patches import grid_patches, patch_padding, silent_patches
 from beats_ray.train.loop import Prepared
 from beats_ray.train.metrics import MetricSums, code_counts
 
@@ -174,10 +174,16 @@ class PretrainTask:
         columns = self._config.patches_per_row
         is_pad_BN = patch_padding(num_frames_B, fbank_BTF.shape[1], self._config.patch_size, columns)
         labels = labels.long().masked_fill(is_pad_BN if labels.dim() == 2 else is_pad_BN.unsqueeze(-1), -1)
-        masking = self._masking
-        sizes = (masking.ratio, generator, masking.block_size, masking.max_targets)
-        num_real_B = count_patches(batch.host_num_samples_B, self._config)
-        mask = sample_patch_mask(is_pad_BN, *sizes, patches_per_row=columns, num_real_B=num_real_B)
+        on_host_B = batch.host_num_samples_B
+        mask = sample_patch_mask(
+            is_pad_BN,
+            self._masking.ratio,
+            generator,
+            self._masking.block_size,
+            self._masking.max_targets,
+            patches_per_row=columns,
+            num_real_B=None if on_host_B is None else grid_patches(on_host_B, self._config),
+        )
         return Prepared((fbank_BTF, num_frames_B, mask, labels), (mask.target_BK >= 0).sum())
 
     def publish(self, state_dict: dict[str, Tensor], folder: Path) -> None:

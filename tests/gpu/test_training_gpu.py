@@ -1,13 +1,12 @@
 """A worker's whole steps on a CUDA device: copy, filterbank, module and engine. Run by `make test-gpu`."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from beats_ray.bench import finetune_cases, pretrain_cases
-from beats_ray.bench.cases import engine_step, int16_batch
+from beats_ray.bench.cases import engine_step, int16_batch, with_padding
 from beats_ray.config import BenchConfig
 
 pytestmark = [
@@ -45,9 +44,7 @@ def test_a_worker_moves_finite_weights(cases: Any, padding: Any, precision: str,
 @pytest.mark.parametrize("cases", [pretrain_cases, finetune_cases])
 def test_neither_forward_nor_backward_pass_waits_for_the_device(cases: Any, is_padded: bool) -> None:
     task, _, batch = cases.our_task(settings())
-    if is_padded:
-        lengths_B = (batch.num_samples_B * torch.linspace(0.25, 1.0, 8)).long().pin_memory()
-        batch = replace(batch, num_samples_B=lengths_B, host_num_samples_B=lengths_B)
+    batch = with_padding(batch) if is_padded else batch
     module = task.module.cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     for mode in ("default", "error"):  # what is set up once may wait

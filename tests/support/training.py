@@ -122,10 +122,15 @@ class Pretraining:
             with explained(settings.train, context):
                 run_training(task, source, settings.train, context, open_place(str(output)))
         finally:
-            for thread in threading.enumerate():  # where a test interrupts a run, its last checkpoint is whole
-                if thread.name == THREAD_NAME:
-                    thread.join()
+            wait_for_uploads()  # where a test interrupts a run, its last checkpoint is whole
         return losses
+
+
+def wait_for_uploads() -> None:
+    """Returns when the checkpoints that runs of this process have begun are whole."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:
+            thread.join()
 
 
 def _poison(task: Task, position: int) -> None:

@@ -30,9 +30,8 @@ def results(share: float, run: Any) -> tuple[torch.Tensor, list[torch.Tensor], s
     """Output and gradients with patches packed below `share`, and the ranks of what the feed-forward blocks got."""
     ranks = set()
     module, forward = run()
+    transformer.pack_below(module, share)
     for layer in module.modules():
-        if isinstance(layer, transformer.TransformerStack):
-            layer.packed_below = share
         if isinstance(layer, transformer.TransformerLayer):
             layer.fc1.register_forward_hook(lambda _module, inputs, _output: ranks.add(inputs[0].dim()))
     torch.manual_seed(1)  # of layer drop

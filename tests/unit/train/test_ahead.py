@@ -1,9 +1,8 @@
 """The next step's micro-batches are prepared before a step ends, and the host knows how much of each is no padding."""
 
 import itertools
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +16,29 @@ from beats_ray.data.batches import MicroBatch
 from beats_ray.data.storage import open_place
 from beats_ray.models import BeatsEncoder, encoder_config
 from beats_ray.models.patches import patch_padding
-from beats_ray.train.checkpoint import THREAD_NAME
 from beats_ray.train.committed import sound_steps
 from beats_ray.train.context import single_process_context
 from beats_ray.train.engine import Engine
 from beats_ray.train.finetune import FinetuneTask
-from beats_ray.train.loop import Prepared, run_training
+from beats_ray.train.loop import Prepared, Task, run_training
 from tests.support.tasks import SMALL, TASKS
+from tests.support.training import wait_for_uploads
 
 pytestmark = pytest.mark.unit
 
 FIELDS = {"steps": 3, "warmup_steps": 0, "global_batch_size": 4, "micro_batch_size": 2, "log_every_steps": 1}
+
+
+def watch_prepare(monkeypatch: pytest.MonkeyPatch, task: Task, watch: Callable[[MicroBatch, Prepared], None]) -> None:
+    """Shows each batch that the task prepares, and what it made of it."""
+    real_prepare = task.prepare
+
+    def prepare(batch: MicroBatch, *arguments: Any, **options: Any) -> Prepared:
+        prepared = real_prepare(batch, *arguments, **options)
+        watch(batch, prepared)
+        return prepared
+
+    monkeypatch.setattr(task, "prepare", prepare)
 
 
 def test_the_next_micro_batches_are_prepared_before_the_engine_waits_for_a_step(
@@ -35,11 +46,7 @@ def test_the_next_micro_batches_are_prepared_before_the_engine_waits_for_a_step(
 ) -> None:
     task, settings = TASKS["pretrain"](FIELDS)
     events: list[Any] = []
-    real_prepare, real_backward, real_step = task.prepare, Engine.backward, Engine.step
-
-    def prepare(batch: MicroBatch, *arguments: Any, **options: Any) -> Prepared:
-        events.append(batch.first_position)
-        return real_prepare(batch, *arguments, **options)
+    real_backward, real_step = Engine.backward, Engine.step
 
     def backward(engine: Engine, loss: torch.Tensor) -> None:
         events.append("backward")
@@ -49,7 +56,7 @@ def test_the_next_micro_batches_are_prepared_before_the_engine_waits_for_a_step(
         events.extend([f"step {number}"] if last_micro_batch else [])
         return real_step(engine, number, last_micro_batch)
 
-    monkeypatch.setattr(task, "prepare", prepare)
+    watch_prepare(monkeypatch, task, lambda batch, _prepared: events.append(batch.first_position))
     monkeypatch.setattr(Engine, "backward", backward)
     monkeypatch.setattr(Engine, "step", step)
     context = single_process_context(lambda _step, _metrics: None)
@@ -71,9 +78,7 @@ def test_a_batch_that_can_not_be_had_leaves_the_step_before_it_whole(tmp_path: P
     with pytest.raises(RuntimeError, match="no more"):
         run_training(task, Ending(2, 4), settings.train, context, open_place(str(tmp_path)))
     assert reports == [1]
-    for thread in threading.enumerate():
-        if thread.name == THREAD_NAME:
-            thread.join()
+    wait_for_uploads()
     assert sound_steps(open_place(str(tmp_path / "checkpoints"))) == [1]
 
 
@@ -139,14 +144,7 @@ def test_a_compiled_step_has_one_shape_whatever_is_padding(
     task, settings = TASKS["pretrain"](FIELDS | {"steps": 1, "compile": compiled})
     monkeypatch.setattr("deepspeed.DeepSpeedEngine.compile", lambda *_arguments, **_options: None)
     counts: list[int | None] = []
-    real_prepare = task.prepare
-
-    def prepare(batch: MicroBatch, *arguments: Any, **options: Any) -> Prepared:
-        prepared = real_prepare(batch, *arguments, **options)
-        counts.append(prepared.inputs[2].num_targets)
-        return prepared
-
-    monkeypatch.setattr(task, "prepare", prepare)
+    watch_prepare(monkeypatch, task, lambda _batch, prepared: counts.append(prepared.inputs[2].num_targets))
     context = single_process_context(lambda _step, _metrics: None)
     run_training(task, synthetic_batches(2, 4), settings.train, context, open_place(str(tmp_path)))
     assert [count is None for count in counts] == [compiled, compiled]

@@ -28,7 +28,7 @@ from beats_ray.models import (
     num_patches,
     sample_patch_mask,
 )
-from beats_ray.models.transformer import TransformerStack
+from beats_ray.models.transformer import TransformerStack, pack_below
 from beats_ray.train.distill import DistillTask
 from beats_ray.train.finetune import FinetuneTask
 from beats_ray.train.flops import (
@@ -227,9 +227,7 @@ def test_a_tokenizer_s_forward_pass(seconds: float) -> None:
         if isinstance(tokenizer, SelfDistilledTokenizer):
             tokenizer.quantizer.batches_seen.fill_(4)
             extra = -(-patches // 496) * one_place(config)
-        for module in tokenizer.modules():
-            if isinstance(module, TransformerStack):
-                module.packed_below = 0.0  # the formula counts the padding of the last window
+        pack_below(tokenizer, 0.0)  # the formula counts the padding of the last window
         tokenizer.eval()
         flops = counted(_Labelling(tokenizer), values)
         expected = tokenizer_flops(describe_model(tokenizer), patches)
