@@ -1,7 +1,7 @@
 # make install                                                  .venv with the pinned packages and the command beats-ray
 # make demo [DATA=DIR|s3://...|gs://...] [BUDGET=minutes] [OUTPUT=DIR]   the whole chain on this machine
 # make test | test-slow | test-gpu [PYTHON=...] | check | audit  tests, checks, known vulnerabilities of the pins
-# make bench-gpu [PYTHON=...] | bench-guard                      speed on a GPU; speed beside others' against stored ratios
+# make bench-gpu [PYTHON=...] | bench-guard                      speed on a GPU; speed and memory beside others', against stored ratios
 # Every target makes .venv by itself, from the exact pins of constraints.txt, and again only when those change.
 
 SHELL := /bin/bash

@@ -140,15 +140,19 @@ class _Group(click.Group):
 def cli(context: click.Context) -> None:
     """Pre-train BEATs audio encoders and fine-tune them on a Ray cluster.
 
-    Every command takes settings as a YAML file, as section.field=value, or both. Paths are local, s3://bucket/key or
+    Stages of a run take settings as a YAML file, as section.field=value, or both. Paths are local, s3://bucket/key or
     gs://bucket/key; endpoint and keys of the object store come from the standard AWS or Google environment variables.
     """
     if context.invoked_subcommand is None:
         raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
 
 
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.\s|;", text)[0].rstrip(".")
+
+
 def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: config.Section | None = None) -> str:
-    """Every setting of a config with its default, which may be that of the section it stands in."""
+    """Every setting of a config with its default, which may be that of its section, and the paper's value."""
     lines = []
     for name, field in kind.model_fields.items():
         default = field.default if defaults is None else getattr(defaults, name)
@@ -156,8 +160,9 @@ def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: con
             lines.append(_describe_fields(type(default), f"{prefix}{name}.", default))
         else:
             shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}]"
-            text = re.split(r"\.\s|;", (field.description or "").replace("\n", " "))[0].rstrip(".")
-            lines.append(f"  {prefix}{name}{shown if len(shown) < 30 else ''}  {text}")
+            text = " ".join((field.description or "").split())
+            said = [_first_sentence(text), *(f"Paper: {_first_sentence(one)}" for one in text.split(" Paper: ")[1:])]
+            lines.append(f"  {prefix}{name}{shown if len(shown) < 60 else ''}  {'. '.join(said)}")
     return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
 
 

@@ -309,6 +309,9 @@ class TrainSettings(Section):
     compile: bool = False
     """torch.compile of the module: minutes before the first step, for faster ones. It is compiled once, for the shapes
     of a micro-batch; evaluation is not compiled."""
+    attention: Literal["auto", "flex"] = "auto"
+    """Kernel of self-attention: PyTorch's fused one on a GPU, or FlexAttention, which never has the gated position bias
+    in memory; needs use_gpu."""
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed settings, merged deep; keys that this section derives and keys that DeepSpeed does not know are
     refused. What only moves values (buckets, offloading) may change when a run goes on."""
@@ -873,8 +876,8 @@ class BenchConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs; by default cuda for gpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs under autocast, with weights and gradients in fp32; what runs under DeepSpeed (checkpoint, profile,
-    end-to-end, our whole steps of pretrain and finetune) has bf16 weights and fp32 masters."""
+    """bf16 runs under autocast, with weights and gradients in fp32; what runs under DeepSpeed (checkpoint, compiled,
+    end-to-end, padding, profile, our whole steps of pretrain and finetune) has bf16 weights and fp32 masters."""
     threads: PositiveInt = 2
     """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
     micro_batch_size: PositiveInt = 4
@@ -885,7 +888,10 @@ class BenchConfig(Section):
     seed: int = 0
     """Seed of weights, clips and masks."""
     cases: tuple[str, ...] = ()
-    """Rows to measure, by their names; empty means all."""
+    """Rows to measure, by their names; empty means all, of end-to-end all of up to 4 workers."""
+    output: str = ""
+    """Folder that all nodes of a running cluster reach (s3://bucket/bench): end-to-end joins that cluster, which it
+    finds as every command does, and runs its rows of workers there. Empty: a cluster of its own on this machine."""
 
     @model_validator(mode="before")
     @classmethod

@@ -26,9 +26,9 @@ from beats_ray.train.extras import identity_of_extras
 
 EXECUTION_FIELDS = {
     "global_batch_seconds", "num_workers", "cpus_per_worker", "use_gpu", "micro_batch_size", "zero_stage",
-    "activation_checkpointing", "offload_optimizer", "offload_parameters", "compile", "log_every_steps",
-    "checkpoint_every_steps", "keep_checkpoints", "storage_retry_seconds", "max_failures", "max_bad_steps",
-    "collective_timeout_seconds", "loggers",
+    "activation_checkpointing", "offload_optimizer", "offload_parameters", "compile", "attention",
+    "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "storage_retry_seconds", "max_failures",
+    "max_bad_steps", "collective_timeout_seconds", "loggers",
 }  # fmt: skip
 """Settings of `train` that a run may go on with other values of: its steps do the same to the same global batches.
 

@@ -29,6 +29,8 @@ class Observation:
     """Share of the work in which the training processes stood still for data; None where none train."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
     """Parts of the start by name, and what else is worth a column, seconds."""
+    mfu: float | None = None
+    """As the training processes report it; None where they know no peak of their device."""
 
 
 Step = Callable[[], float | Observation | None]
@@ -41,7 +43,7 @@ PlainEncoder = Callable[[BenchConfig], tuple[Any, Callable[[], Any]]]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step needs at the least, by formula."""
+    """Of a step, by formula."""
 
     flops: float
     """Matrix products, convolutions and Fourier transforms; a multiplication and an addition are two."""
@@ -65,10 +67,14 @@ class Case:
     """Whether it computes in fp32 whatever the precision of the run."""
     workers: int = 1
     """Training processes, each of which needs a GPU of its own on CUDA."""
+    joins_a_cluster: bool = False
+    """Whether it runs on the cluster that is there, where `output` is set."""
     as_worker: bool = False
     """Whether its process allocates memory as our workers do, for what they would compute."""
     only_on: str = ""
     """The device on which alone there is something to it; any where empty."""
+    asked_for: bool = False
+    """Whether it is measured only where `cases` names it."""
 
     def available(self) -> bool:
         """Whether the package that the case needs is installed."""
@@ -78,6 +84,9 @@ class Case:
         """Whether it is measured there."""
         return self.only_on in ("", device)
 
+
+MOST_WORKERS = 4
+"""That end-to-end has unless more are asked for."""
 
 Padding = Literal["none", "left out", "computed"]
 """Whether clips have some, and whether the layers compute it."""
@@ -226,10 +235,10 @@ def plain_step(config: BenchConfig, encoder: Any, num_classes: int, loss_of: Cal
 
 
 def _batched_fbank(config: BenchConfig) -> Step:
-    from beats_ray.models import compute_fbank
+    from beats_ray.models import compute_fbank, encoder_config, normalise_fbank
 
-    wave_BS = random_waves(config)
-    return lambda: (compute_fbank(wave_BS), None)[1]
+    wave_BS, settings = random_waves(config), encoder_config("tiny")
+    return lambda: (normalise_fbank(compute_fbank(wave_BS)[0], settings.fbank_mean, settings.fbank_std), None)[1]
 
 
 def _kaldi_fbank(config: BenchConfig) -> Step:
@@ -289,21 +298,25 @@ def openbeats_encoder(config: BenchConfig) -> tuple[Any, Callable[[], Any]]:
 
 def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
     def build(config: BenchConfig) -> Step:
-        import torch
-
-        from beats_ray.models import num_patches, sample_patch_mask
-
-        encoder = seeded_encoder(config)
+        encoder, mask, wave_BS = seeded_encoder(config), sampled_mask(config), random_waves(config)
         encoder.positions = positions
-        wave_BS = random_waves(config)
-        is_pad_BN = torch.zeros(config.num_clips, num_patches(wave_BS.shape[1]), dtype=torch.bool, device=config.device)
-        generator = torch.Generator(config.device).manual_seed(config.seed)
-        visible_BM = sample_patch_mask(is_pad_BN, 0.75, generator).visible_BM
-        return training_step(
-            config, encoder, lambda: encoder.features_from_waveform(wave_BS, visible_BM=visible_BM).features_BND
-        )
+        options = {"visible_BM": mask.visible_BM, "num_real": mask.num_visible}
+        return training_step(config, encoder, lambda: encoder.features_from_waveform(wave_BS, **options).features_BND)
 
     return build
+
+
+def sampled_mask(config: BenchConfig) -> Any:
+    """The mask of the run's seed, with the counts of patches that the host of a worker knows."""
+    import torch
+
+    from beats_ray.bench.costs import MASKED
+    from beats_ray.models import num_patches, sample_patch_mask
+
+    patches = num_patches(round(config.seconds * 16_000))
+    is_pad_BN = torch.zeros(config.num_clips, patches, dtype=torch.bool, device=config.device)
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    return sample_patch_mask(is_pad_BN, MASKED, generator, num_real_B=torch.full((config.num_clips,), patches))
 
 
 def _lazily(name: str, module: str = "data_cases", **options: Any) -> Callable[[BenchConfig], Step]:
@@ -331,15 +344,22 @@ def _with_cost(name: str, key: str) -> Case:
     return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key), as_worker=True)
 
 
-def _pipeline(name: str, workers: int = 1, times: int = 1) -> Case:
-    """A case of `end_to_end_cases`: so many workers on so many times the clips."""
-    return Case(name, _lazily("pipeline", "end_to_end_cases", workers=workers, times=times), workers=workers)
+def _pipeline(name: str, workers: int = 1, **options: Any) -> Case:
+    """A case of `end_to_end_cases`; options: of `pipeline`."""
+    build = _lazily("pipeline", "end_to_end_cases", workers=workers, **options)
+    return Case(name, build, workers=workers, joins_a_cluster=True, asked_for=workers > MOST_WORKERS)
 
 
-def _stage(name: str, function: str, times: int) -> Case:
-    """A case of `stage_cases` on so many times the clips, beside that on them once."""
-    build = _lazily(function, "stage_cases", times=times)
-    return Case(name if times == 1 else f"{name}, {times}x the clips", build, beside=name)
+def _growing(name: str, function: str, module: str = "stage_cases", **options: Any) -> tuple[Case, ...]:
+    """A stage on 1, 10 and 100 times the clips, beside that on them once."""
+    return tuple(
+        Case(
+            name if times == 1 else f"{name}, {times}x the clips",
+            _lazily(function, module, times=times, **options),
+            beside=name,
+        )
+        for times in (1, 10, 100)
+    )
 
 
 def _sweep(trials: int) -> Case:
@@ -384,6 +404,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _with_cost("encoder, forward and backward", "encoder_step"),
         _with_cost("the same, 75 % masked", "masked_encoder_step"),
         _with_cost("labels, random projection", "random_labels"),
+        _with_cost("labels, distilled", "distilled_labels"),
         _with_cost(_PRETRAINING, "pretraining_step"),
         _with_cost("tokenizer training step", "tokenizer_step"),
         _with_cost(_FINE_TUNING, "finetuning_step"),
@@ -391,11 +412,14 @@ BENCHES: dict[str, tuple[Case, ...]] = {
     "fbank": (
         Case("beats_ray, one batch", _batched_fbank, as_worker=True),
         Case("torchaudio, clip by clip", _kaldi_fbank),
+        Case("torchaudio, clip by clip, our allocator", _kaldi_fbank, as_worker=True, only_on="cpu"),
     ),
     "checkpoint": (
-        Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases")),
-        Case("a checkpoint every 10, beside training", _lazily("beside_training", "checkpoint_cases")),
-        Case("a checkpoint every 10, training waits", _lazily("while_training_waits", "checkpoint_cases")),
+        Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases"), as_worker=True),
+        Case("a checkpoint every 10, beside training", _lazily("beside_training", "checkpoint_cases"), as_worker=True),
+        Case(
+            "a checkpoint every 10, training waits", _lazily("while_training_waits", "checkpoint_cases"), as_worker=True
+        ),
     ),
     "compiled": (
         _pretraining_step(_PRETRAINING, beside=_PRETRAINING),
@@ -430,12 +454,13 @@ BENCHES: dict[str, tuple[Case, ...]] = {
     ),
     "end-to-end": (
         _pipeline("1 worker"),
-        _pipeline("2 workers", workers=2),
-        _pipeline("4 workers", workers=4),
+        *(_pipeline(f"{workers} workers", workers=workers) for workers in (2, 4, 8, 16, 32, 64)),
         _pipeline("1 worker, 10x the clips", times=10),
         _pipeline("1 worker, 100x the clips", times=100),
-        *(_stage("prepare", "prepare_stage", times) for times in (1, 10, 100)),
-        *(_stage("labels", "labels_stage", times) for times in (1, 10, 100)),
+        *_growing("tokenizer training", "pipeline", "end_to_end_cases", kind="distill"),
+        *_growing("prepare", "prepare_stage"),
+        *_growing("labels", "labels_stage"),
+        *_growing("embed", "embed_stage"),
         _sweep(trials=4),
         _sweep(trials=16),
     ),

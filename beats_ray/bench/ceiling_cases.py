@@ -6,18 +6,18 @@ Shapes: B clips, S samples, T frames, F mel bins, N patches, D width, C classes.
 
 from typing import Any
 
-from beats_ray.bench.cases import Step, random_waves, seeded_encoder, training_step
+from beats_ray.bench.cases import Step, random_waves, sampled_mask, seeded_encoder, training_step
 from beats_ray.bench.costs import (
     CLASSES,
     CODES,
     COPIED_BYTES,
-    MASKED,
     MATRIX_SIDE,
     distill_settings,
     finetune_settings,
     labels,
     pretrain_settings,
 )
+from beats_ray.bench.tokenize_cases import fitted_tokenizer
 from beats_ray.config import BenchConfig
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------
@@ -44,6 +44,13 @@ def memory_copy(config: BenchConfig) -> Step:
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def _num_patches(config: BenchConfig) -> int:
+    """Of all clips, none of it padding, which the host of a worker knows too."""
+    from beats_ray.models import num_patches
+
+    return config.num_clips * num_patches(round(config.seconds * 16_000))
 
 
 def _fbank(config: BenchConfig) -> tuple[Any, Any]:
@@ -77,33 +84,24 @@ def filterbank(config: BenchConfig) -> Step:
 def encoder_forward(config: BenchConfig) -> Step:
     import torch
 
-    encoder, inputs = seeded_encoder(config).eval(), _fbank(config)
+    encoder, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_patches(config)
 
     def step() -> None:
         with torch.inference_mode(), torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
-            encoder(*inputs)
+            encoder(*inputs, num_real=num_real)
 
     return step
 
 
 def encoder_step(config: BenchConfig) -> Step:
-    encoder, inputs = seeded_encoder(config), _fbank(config)
-    return training_step(config, encoder, lambda: encoder(*inputs).features_BND)
-
-
-def _mask(config: BenchConfig) -> Any:
-    import torch
-
-    from beats_ray.models import num_patches, sample_patch_mask
-
-    patches = num_patches(round(config.seconds * 16_000))
-    is_pad_BN = torch.zeros(config.num_clips, patches, dtype=torch.bool, device=config.device)
-    return sample_patch_mask(is_pad_BN, MASKED, torch.Generator(config.device).manual_seed(config.seed))
+    encoder, inputs, num_real = seeded_encoder(config), _fbank(config), _num_patches(config)
+    return training_step(config, encoder, lambda: encoder(*inputs, num_real=num_real).features_BND)
 
 
 def masked_encoder_step(config: BenchConfig) -> Step:
-    encoder, inputs, mask = seeded_encoder(config), _fbank(config), _mask(config)
-    return training_step(config, encoder, lambda: encoder(*inputs, visible_BM=mask.visible_BM).features_BND)
+    encoder, inputs, mask = seeded_encoder(config), _fbank(config), sampled_mask(config)
+    options = {"visible_BM": mask.visible_BM, "num_real": mask.num_visible}
+    return training_step(config, encoder, lambda: encoder(*inputs, **options).features_BND)
 
 
 def random_labels(config: BenchConfig) -> Step:
@@ -113,11 +111,23 @@ def random_labels(config: BenchConfig) -> Step:
     return lambda: (tokenizer.label_patches(*inputs), None)[1]
 
 
+def distilled_labels(config: BenchConfig) -> Step:
+    import torch
+
+    tokenizer, inputs = fitted_tokenizer(config).to(config.device), _fbank(config)
+
+    def step() -> None:
+        with torch.inference_mode():
+            tokenizer.label_patches(*inputs)
+
+    return step
+
+
 def pretraining_step(config: BenchConfig) -> Step:
     from beats_ray.models import RandomProjectionTokenizer
     from beats_ray.train.pretrain import PretrainTask
 
-    inputs, mask = _fbank(config), _mask(config)
+    inputs, mask = _fbank(config), sampled_mask(config)
     tokenizer = RandomProjectionTokenizer().to(config.device)
     task = PretrainTask(pretrain_settings(config), CODES, tokenizer)
     return _summed(config, task.module.to(config.device).train(), (*inputs, mask, tokenizer.label_patches(*inputs)))
@@ -129,7 +139,7 @@ def tokenizer_step(config: BenchConfig) -> Step:
 
     from beats_ray.train.distill import DistillTask
 
-    teacher, inputs = seeded_encoder(config).eval(), _fbank(config)
+    teacher, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_patches(config)
     settings = distill_settings(config)
     module = DistillTask(settings, teacher).module.to(config.device).train()
     quantizer = module.model.tokenizer.quantizer
@@ -138,8 +148,8 @@ def tokenizer_step(config: BenchConfig) -> Step:
 
     def step() -> None:
         with torch.no_grad(), torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
-            features_BND = teacher(*inputs).features_BND
-        _summed(config, module, (*inputs, features_BND))()
+            features_BND = teacher(*inputs, num_real=num_real).features_BND
+        _summed(config, module, (*inputs, features_BND, num_real))()
 
     return step
 
@@ -152,4 +162,4 @@ def finetuning_step(config: BenchConfig) -> Step:
     inputs = _fbank(config)
     module = FinetuneTask(finetune_settings(config), seeded_encoder(config), labels()).module
     targets_BC = torch.eye(CLASSES, device=config.device)[torch.arange(config.num_clips) % CLASSES]
-    return _summed(config, module.to(config.device).train(), (*inputs, targets_BC))
+    return _summed(config, module.to(config.device).train(), (*inputs, targets_BC, _num_patches(config)))

@@ -77,6 +77,7 @@ def our_stream(config: BenchConfig) -> Step:
 
 def torch_loader(config: BenchConfig) -> Step:
     """PyTorch's DataLoader over the same Parquet shards: one item a row group, a worker process for each core."""
+    import pyarrow.parquet as pq
     from torch.utils.data import DataLoader, Dataset
 
     folder = write_shards(config)
@@ -84,7 +85,8 @@ def torch_loader(config: BenchConfig) -> Step:
     class RowGroups(Dataset[Any]):
         def __init__(self) -> None:
             files = sorted(Path(folder, "shards").iterdir())
-            self.places = [(str(file), group) for file in files for group in range(SHARD_ROW_GROUPS)]
+            groups = {str(file): pq.ParquetFile(file).num_row_groups for file in files}
+            self.places = [(file, group) for file, count in groups.items() for group in range(count)]
 
         def __len__(self) -> int:
             return len(self.places)

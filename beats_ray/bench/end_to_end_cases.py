@@ -1,6 +1,7 @@
-"""The whole pipeline: shards, Ray Data's stream, Ray Train's workers, and the masked pre-training step.
+"""The whole pipeline: shards, Ray Data's stream, Ray Train's workers, and the step of pre-training or of a tokenizer.
 
-One step of this benchmark is one run over all clips once, on a cluster of its own on this machine. Its start ends with
+One step of this benchmark is one run over all clips once, on a cluster of its own on this machine, or on the one that
+is there (`output`), of whose memory it sees what this machine holds. Its start ends with
 the first optimizer step; the time, the data wait and the rate are those of the steps after it. The global batch is the
 same for any number of workers. Labels are those of the random projection, computed on the fly.
 
@@ -8,22 +9,24 @@ same for any number of workers. Labels are those of the random projection, compu
 a pipeline that is linear gives 1. Clips are short, so that it is their number that grows and not the hours of sound.
 """
 
-import json
 import os
+import statistics
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
-from beats_ray.bench.cases import Observation, Step
+from beats_ray.bench.cases import Observation, Step, seeded_encoder
 from beats_ray.config import BenchConfig, RaySettings
+from beats_ray.data.storage import Place, open_place
 
 MICRO_BATCHES = 4
 """Of an optimizer step, over all workers."""
@@ -32,45 +35,84 @@ STORE_MIB = 1024
 RESULT_FILE = "bench.json"
 
 
-def pipeline(config: BenchConfig, workers: int = 1, times: int = 1) -> Step:
+Kind = Literal["pretrain", "distill"]
+
+
+def pipeline(config: BenchConfig, kind: Kind = "pretrain", workers: int = 1, times: int = 1) -> Step:
     """A run with so many workers on so many times `config.num_clips` clips."""
     from beats_ray.bench.data_cases import write_shards
 
     step_clips = MICRO_BATCHES * config.micro_batch_size
     steps = max(2, config.num_clips * times // step_clips)
     config = config.model_copy(update={"clips": steps * step_clips})
-    folder = write_shards(config)
+    folder = _for_all_nodes(Path(write_shards(config)), config.output)
 
     def step() -> Observation:
-        with tempfile.TemporaryDirectory(prefix="beats-ray-bench-") as output, peak_memory() as peak_mib:
-            ray_s, fit_started = _run(config, workers, steps, folder, output)
-            told = json.loads(Path(output, RESULT_FILE).read_text())
+        with _output(config.output) as output, peak_memory() as peak_mib:
+            settings = _run_config(config, kind, workers, steps, folder, output)
+            ray_s, fit_started = _run(config, kind, settings)
+            told = (output / "run" / RESULT_FILE).read_json()
             return observe(told, ray_s, fit_started, peak_mib())
 
     return step
 
 
-def _run(config: BenchConfig, workers: int, steps: int, folder: str, output: str) -> tuple[float, float]:
+def _for_all_nodes(folder: Path, output: str) -> str:
+    """Where every worker finds the clips: the folder itself, or its copy in `output`, made once."""
+    if not output:
+        return str(folder)
+    copy, manifest = open_place(output) / f"clips-{folder.name}", "dataset.json"
+    if not (copy / manifest).exists():  # which comes last
+        (copy / "shards").upload(folder / "shards")
+        (copy / manifest).write_bytes((folder / manifest).read_bytes())
+    return copy.uri
+
+
+@contextmanager
+def _output(output: str) -> Iterator[Place]:
+    """An empty folder of a run, which goes afterwards."""
+    if output:
+        place = open_place(output) / f"run-{uuid.uuid4().hex[:12]}"
+        try:
+            yield place
+        finally:
+            place.delete()
+    else:
+        with tempfile.TemporaryDirectory(prefix="beats-ray-bench-") as folder:
+            yield open_place(folder)
+
+
+def _run(config: BenchConfig, kind: Kind, run: Any) -> tuple[float, float]:
     """Runs it; returns the seconds in which Ray started, and when the run was handed over (`time.time`)."""
     from beats_ray.launch import ray_cluster
     from beats_ray.train.jobs import fit_with
 
     started = time.time()
     cores = os.cpu_count() or 1
-    settings = RaySettings(address="local", object_store_mib=STORE_MIB, num_cpus=max(2 * cores, workers + 3))
+    address = "auto" if config.output else "local"
+    settings = RaySettings(
+        address=address, object_store_mib=STORE_MIB, num_cpus=max(2 * cores, run.train.num_workers + 3)
+    )
     with ray_cluster(settings):
         ray_s = time.time() - started
         fit_started = time.time()
-        fit_with("pretrain", _run_config(config, workers, steps, folder, output), partial(_worker, config.threads))
+        fit_with(kind, run, partial(_worker, config.threads))
     return ray_s, fit_started
 
 
-def _run_config(config: BenchConfig, workers: int, steps: int, folder: str, output: str) -> Any:
-    from beats_ray.config import PretrainConfig
+def _run_config(config: BenchConfig, kind: Kind, workers: int, steps: int, folder: str, output: Place) -> Any:
+    """Of pre-training, or of a tokenizer that learns from an encoder with random weights, published in `output`."""
+    from beats_ray.config import DistillConfig, PretrainConfig
 
-    return PretrainConfig.model_validate(
+    settings: type[PretrainConfig | DistillConfig] = PretrainConfig
+    teacher = {}
+    if kind == "distill":
+        settings, teacher = DistillConfig, {"teacher": (output / "teacher").uri}
+        publish_encoder(config, output / "teacher")
+    return settings.model_validate(
         {
-            "output": output,
+            "output": (output / "run").uri,
+            **teacher,
             "data": {"path": folder, "clip_seconds": config.seconds},
             "encoder": {"preset": config.preset},
             "train": {
@@ -89,6 +131,13 @@ def _run_config(config: BenchConfig, workers: int, steps: int, folder: str, outp
             },
         }
     )
+
+
+def publish_encoder(config: BenchConfig, place: Place) -> None:
+    """Writes the run's encoder, whose weights are random, there as a published model."""
+    from beats_ray.inference import publish
+
+    publish(seeded_encoder(config.model_copy(update={"device": "cpu"})), place)
 
 
 def _worker(threads: int, payload: dict[str, Any]) -> None:
@@ -111,11 +160,12 @@ def _worker(threads: int, payload: dict[str, Any]) -> None:
 
     train(payload["run"], replace(context, report=report))
     if context.rank == 0:
-        told = {"began": began, "reports": [{name: one[name] for name in _TOLD} for one in reports]}
-        Path(payload["run"].output.path, RESULT_FILE).write_text(json.dumps(told))
+        told = {"began": began, "reports": [{name: one[name] for name in _TOLD if name in one} for one in reports]}
+        (payload["run"].output / RESULT_FILE).write_json(told)
 
 
-_TOLD = ("at", "step", "seconds", "clips", "data/wait_fraction")
+_TOLD = ("at", "seconds", "clips", "data/wait_fraction", "perf/mfu")
+"""The last where the device is one whose peak is known."""
 
 
 def observe(told: dict[str, Any], ray_s: float, fit_started: float, peak_mib: float) -> Observation:
@@ -133,6 +183,7 @@ def observe(told: dict[str, Any], ray_s: float, fit_started: float, peak_mib: fl
         one["data/wait_fraction"] * (one["seconds"] - before["seconds"])
         for before, one in zip(told["reports"], others, strict=False)
     ]
+    mfus = [one["perf/mfu"] for one in others if "perf/mfu" in one]
     parts = {
         "Ray": ray_s,
         "workers": told["began"] - fit_started,
@@ -147,6 +198,7 @@ def observe(told: dict[str, Any], ray_s: float, fit_started: float, peak_mib: fl
         peak_mib=peak_mib,
         data_wait=sum(waits) / seconds,
         parts_s=parts,
+        mfu=statistics.median(mfus) if mfus else None,
     )
 
 

@@ -3,9 +3,10 @@
     beats-ray bench guard            # or make bench-guard
     beats-ray bench guard --store    # takes today's ratios as those to be held
 
-Only ratios within one run are compared, never times: machines differ, and are busy. A ratio is a case's time over that
-of what it is set beside, which is ours. Both are the fastest repetition by CPU time on one thread, which other work on
-a machine hardly changes. What is measured, with which settings, is in `ratios.yaml` beside the ratios.
+Only ratios within one run are compared, never times: machines differ, and are busy. A ratio is a case's time, or its
+peak memory, over that of what it is set beside, which is ours. Times are the fastest repetition by CPU time on one
+thread, which other work on a machine hardly changes. What is measured, with which settings, is in `ratios.yaml` beside
+the ratios.
 """
 
 from collections.abc import Mapping
@@ -24,8 +25,11 @@ from beats_ray.console import Console
 RATIOS_FILE = Path(__file__).with_name("ratios.yaml")
 LARGEST_LOSS = 0.15
 
+WITH_MEMORY = ("encoder", "finetune", "pretrain")
+"""Benches whose memory is held too; that of the others is mostly what imports and threads need."""
+
 Ratios = dict[str, dict[str, float]]
-"""Bench -> case -> its time over that of its reference."""
+"""Bench -> case -> its time over that of its reference; `case, memory` -> its peak memory over the reference's."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,17 @@ def _compared(config: BenchConfig) -> tuple[str, ...]:
 
 
 def ratios_of(config: BenchConfig, measured: list[Measured]) -> dict[str, float]:
-    """Each case's time over that of its reference, where both were measured."""
+    """Each case's time and memory over those of its reference, where both were measured."""
     fastest_ms = {one.case: min(one.cpu_ms) / one.clips_per_step for one in measured}
+    peak_mib = {one.case: one.peak_mib for one in measured}
     found = {}
     for case, time_ms in fastest_ms.items():
         reference = reference_of(config, case)
-        if case != reference and reference in fastest_ms:
-            found[case] = time_ms / fastest_ms[reference]
+        if case == reference or reference not in fastest_ms:
+            continue
+        found[case] = time_ms / fastest_ms[reference]
+        if config.name in WITH_MEMORY:
+            found[f"{case}, memory"] = peak_mib[case] / peak_mib[reference]
     return found
 
 
@@ -101,7 +109,7 @@ def run_guard(console: Console, store: bool = False, file: Path = RATIOS_FILE) -
     stored: Ratios = {name: one["ratios"] for name, one in guarded.items()}
     before, now = _rows(stored), _rows(measured)
     rows = [[row, before.get(row), now.get(row)] for row in dict.fromkeys([*before, *now])]
-    console.table("bench guard: time over that of the reference", ["row", "stored", "measured"], rows)
+    console.table("bench guard: time and memory over those of the reference", ["row", "stored", "measured"], rows)
     losses = find_losses(stored, measured)
     for loss in losses:
         console.note(f"lost: {loss}")

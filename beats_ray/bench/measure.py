@@ -11,7 +11,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from beats_ray.bench.cases import BENCHES, Case, Cost, Observation, Step
 from beats_ray.bench.energy import energy_counter, joules_per_clip
@@ -45,6 +45,8 @@ class Measured:
     """On NVIDIA cards that count it."""
     data_wait: float | None = None
     """Share of the time in which training stood still for data."""
+    told_mfu: float | None = None
+    """As the training processes of a whole run report it."""
     parts_s: dict[str, list[float]] = field(default_factory=dict)
     """Parts of the start, seconds."""
 
@@ -60,9 +62,9 @@ class Measured:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over what the device does at most; None where either is not known."""
+        """Model FLOPs over what the device does at most; None where nobody knows both."""
         if self.cost is None or self.peak_flops is None:
-            return None
+            return self.told_mfu
         return self.cost.flops / (self.median_ms / 1000.0) / self.peak_flops
 
 
@@ -81,17 +83,19 @@ def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
     """
     cases, lacking = [], []
     here = [case for case in BENCHES[config.name] if case.is_for(config.device)]
-    chosen = config.cases or tuple(case.name for case in here)
+    chosen = config.cases or tuple(case.name for case in here if not case.asked_for)
     unknown = sorted(set(chosen) - {case.name for case in here})
     if unknown:
         known = "; ".join(case.name for case in here)
         raise ConfigError(f"cases={unknown}: bench {config.name} has no such case; choose among: {known}")
-    gpus = _visible_gpus() if config.device == "cuda" else None
+    gpus = _visible_gpus() if config.device == "cuda" and not config.output else None
     for case in (case for case in here if case.name in chosen):
         if not case.available():
             lacking.append(f"{case.name} (package {case.package} is not installed)")
         elif gpus is not None and case.workers > gpus:
             lacking.append(f"{case.name} (needs {case.workers} GPUs, {gpus} visible)")
+        elif config.output and not case.joins_a_cluster:
+            lacking.append(f"{case.name} (has a cluster of its own on this machine; leave output out)")
         else:
             cases.append(case)
     return cases, lacking
@@ -124,7 +128,16 @@ def measure(
                 else:
                     found[one.case].append(one)
     measured = [_merged(found[case.name]) for case in cases if case.name not in failed]
-    return measured, list(failed.values())
+    return _over_one_peak(measured, {case.name for case in cases if case.in_fp32}), list(failed.values())
+
+
+def _over_one_peak(measured: list[Measured], in_fp32: set[str]) -> list[Measured]:
+    """The same, with the fastest product of any process as the peak of all cases of one precision."""
+    peaks: dict[bool, float] = {}
+    for one in measured:
+        if one.peak_flops is not None:
+            peaks[one.case in in_fp32] = max(one.peak_flops, peaks.get(one.case in in_fp32, 0.0))
+    return [one if one.peak_flops is None else replace(one, peak_flops=peaks[one.case in in_fp32]) for one in measured]
 
 
 def _groups(cases: list[Case], config: BenchConfig) -> list[list[Case]]:
@@ -137,6 +150,7 @@ def _merged(rounds: list[Measured]) -> Measured:
     """One case over all rounds."""
     joules = [one.joules_per_clip for one in rounds if one.joules_per_clip is not None]
     waits = [one.data_wait for one in rounds if one.data_wait is not None]
+    mfus = [one.told_mfu for one in rounds if one.told_mfu is not None]
     peaks = [one.peak_flops for one in rounds if one.peak_flops is not None]
     return Measured(
         case=rounds[0].case,
@@ -149,6 +163,7 @@ def _merged(rounds: list[Measured]) -> Measured:
         peak_flops=max(peaks, default=None),
         joules_per_clip=statistics.median(joules) if joules else None,
         data_wait=statistics.median(waits) if waits else None,
+        told_mfu=statistics.median(mfus) if mfus else None,
         parts_s={name: [value for one in rounds for value in one.parts_s[name]] for name in rounds[0].parts_s},
     )
 
@@ -203,7 +218,7 @@ def measure_case(case: Case, config: BenchConfig) -> Measured:
     import torch
 
     torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     before = _begin_memory(config)
     step = case.build(config)
     for _ in range(config.warmup):
@@ -212,6 +227,7 @@ def measure_case(case: Case, config: BenchConfig) -> Measured:
     peak_mib = (_peak_bytes(config) - before) / MIB
     observed = [one.observed for one in timed if one.observed is not None]
     waits = [one.data_wait for one in observed if one.data_wait is not None]
+    mfus = [one.mfu for one in observed if one.mfu is not None]
     read_joules = None if observed else energy_counter(config.device)
     cost = None if case.cost is None else case.cost(config)
     return Measured(
@@ -227,6 +243,7 @@ def measure_case(case: Case, config: BenchConfig) -> Measured:
         if read_joules
         else None,
         data_wait=statistics.median(waits) if waits else None,
+        told_mfu=statistics.median(mfus) if mfus else None,
         parts_s={name: [one.parts_s[name] for one in observed] for name in observed[0].parts_s} if observed else {},
     )
 

@@ -60,8 +60,10 @@ def say_nothing(_text: str) -> None:
 
 
 def check_device(config: BenchConfig) -> None:
-    """ConfigError where the device is not there."""
-    if config.device == "cuda":
+    """ConfigError where the device is not there, or a folder has no use."""
+    if config.output and config.name != "end-to-end":
+        raise ConfigError(f"output={config.output}: bench {config.name} writes nothing; leave it out")
+    if config.device == "cuda" and not config.output:
         import torch
 
         if not torch.cuda.is_available():
@@ -123,7 +125,7 @@ def _peaks(measured: list[Measured]) -> str:
         if max(peaks) < 1.005 * min(peaks)
         else f"{min(peaks) / 1e12:.3g}-{max(peaks) / 1e12:.3g}"
     )
-    return f"{shown} TFLOP/s: the GPU's data sheet, or a matrix product in the same process"
+    return f"{shown} TFLOP/s: the GPU's data sheet, or the fastest matrix product of the run"
 
 
 def figures(config: BenchConfig, measured: list[Measured]) -> dict[str, Sequence[str]]:

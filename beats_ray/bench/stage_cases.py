@@ -1,9 +1,9 @@
-"""The stages that go over a data set once, `prepare` and `tokenize`, on 1, 10 and 100 times as many clips; and what one
-trial more costs a sweep, in sweeps of 4 and 16 trials of one step.
+"""The stages that go over a data set once, `prepare`, `tokenize` and `embed`, on 1, 10 and 100 times as many clips; and
+what one trial more costs a sweep, in sweeps of 4 and 16 trials of one step.
 
 A step is the stage as the command runs it, on a cluster of its own on this machine. Its start ends when the stage has
-gone over a few clips; actors of the labels stage are started anew for all of them, which is in the time of each row.
-Labels are those of a distilled tokenizer of the run's encoder with random weights.
+gone over a few clips; actors that have a model are started anew for all of them, which is in the time of each row.
+Labels are those of a distilled tokenizer of the run's encoder, all weights are random.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 
 from beats_ray.bench.cases import Observation, Step
 from beats_ray.bench.data_cases import encoded_clips, write_shards
-from beats_ray.bench.end_to_end_cases import STORE_MIB, peak_memory
+from beats_ray.bench.end_to_end_cases import STORE_MIB, peak_memory, publish_encoder
 from beats_ray.config import BenchConfig, RaySettings
 from beats_ray.console import Console
 
@@ -63,20 +63,39 @@ def labels_stage(config: BenchConfig, times: int) -> Step:
     return _measured(stage, config.num_clips * times)
 
 
+def embed_stage(config: BenchConfig, times: int) -> Step:
+    """A prepared data set to one vector a clip."""
+    from beats_ray.config import EmbedConfig, StreamSettings
+    from beats_ray.data.storage import open_place
+    from beats_ray.embed import run_embed
+
+    def stage(clips: int, scratch: Path) -> Callable[[], object]:
+        encoder = scratch / "encoder"
+        if not encoder.exists():
+            publish_encoder(config, open_place(str(encoder)))
+        settings = EmbedConfig(
+            output=str(scratch / f"vectors-{clips}"),
+            data=StreamSettings(path=write_shards(config.model_copy(update={"clips": clips}))),
+            model=str(encoder),
+            use_gpu=config.device == "cuda",
+        )
+        return lambda: run_embed(settings, _on_stderr())
+
+    return _measured(stage, config.num_clips * times)
+
+
 def sweep_stage(config: BenchConfig, trials: int) -> Step:
     """Trials of one step on a labelled set of 100 clips, side by side as the machine allows."""
-    from beats_ray.bench.cases import seeded_encoder
     from beats_ray.config import PrepareConfig, SweepConfig
     from beats_ray.data.prepare import prepare
     from beats_ray.data.sample import make_sample_set
     from beats_ray.data.storage import open_place
-    from beats_ray.inference import publish
     from beats_ray.tune.sweep import run_sweep
 
     def stage(trials: int, scratch: Path) -> Callable[[], object]:
         encoder, source, dataset = scratch / "encoder", scratch / "source", scratch / "dataset"
         if not encoder.exists():
-            publish(seeded_encoder(config.model_copy(update={"device": "cpu"})), open_place(str(encoder)))
+            publish_encoder(config, open_place(str(encoder)))
             make_sample_set(source, SWEEP_CLIPS, clip_seconds=config.seconds)
         on_gpu = config.device == "cuda"
         train = {"steps": 1, "warmup_steps": 0, "global_batch_size": 16, "micro_batch_size": 16, "use_gpu": on_gpu}

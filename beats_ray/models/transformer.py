@@ -189,6 +189,13 @@ def pack_below(module: nn.Module, share: float) -> None:
             stack.packed_below = share
 
 
+def attend_by(module: nn.Module, backend: AttentionBackend) -> None:
+    """Sets `attention_backend` of all stacks of a module."""
+    for stack in module.modules():
+        if isinstance(stack, TransformerStack):
+            stack.use(attention_backend=backend)
+
+
 def initialise_stack(stack: nn.Module, config: EncoderConfig) -> None:
     """Initialises like the release: normal with deviation 0.02, and DeepNorm's Xavier gains where it is on."""
     for module in stack.modules():

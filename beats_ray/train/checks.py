@@ -118,7 +118,7 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     attempt(lambda: check_loggers(config.train.loggers), mistakes)
     attempt(lambda: clip_samples_of(config.data.clip_seconds), mistakes)
     attempt(lambda: _check_streams(config.train, config.data), mistakes)
-    attempt(lambda: _check_precision(config.train), mistakes)
+    attempt(lambda: _check_device(config.train), mistakes)
     attempt(lambda: _check_compiled_lengths(config.train, config.data), mistakes)
     manifest = inputs.manifest
     if isinstance(config, PretrainConfig) and inputs.published is not None:
@@ -139,9 +139,11 @@ def settings_mistakes(kind: RunKind, config: RunConfig, inputs: Inputs) -> list[
     return mistakes
 
 
-def _check_precision(train: TrainSettings) -> None:
+def _check_device(train: TrainSettings) -> None:
     if train.precision == "fp16" and not train.use_gpu:
         raise ConfigError("train.precision=fp16 needs train.use_gpu=true; use bf16 or fp32 on the CPU")
+    if train.attention == "flex" and not train.use_gpu:
+        raise ConfigError("train.attention=flex needs train.use_gpu=true; use auto on the CPU")
 
 
 def _check_compiled_lengths(train: TrainSettings, data: StreamSettings) -> None:

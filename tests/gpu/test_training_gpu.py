@@ -25,11 +25,15 @@ def settings(precision: Any = "bf16") -> BenchConfig:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("padding", ["none", "left out", "computed"])
 @pytest.mark.parametrize("cases", [pretrain_cases, finetune_cases])
-def test_a_worker_moves_finite_weights(cases: Any, padding: Any, precision: str, ema_decay: float) -> None:
+@pytest.mark.parametrize("attention", ["auto", "flex"])
+def test_a_worker_moves_finite_weights(
+    cases: Any, padding: Any, precision: str, ema_decay: float, attention: str
+) -> None:
     pytest.importorskip("deepspeed", reason="the engine's package is not installed")
     config = settings(precision)
     task, train, batch = cases.our_task(config)
-    train = train.model_copy(update={"ema_decay": ema_decay, "warmup_steps": 0, "learning_rate": 1e-2})
+    more = {"ema_decay": ema_decay, "attention": attention, "warmup_steps": 0, "learning_rate": 1e-2}
+    train = train.model_copy(update=more)
     step = engine_step(config, task, train, batch, padding=padding)
     before = [one.detach().clone() for one in task.module.parameters() if one.requires_grad]
     for _ in range(STEPS):

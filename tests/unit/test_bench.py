@@ -15,7 +15,7 @@ import torch
 
 from beats_ray import cli
 from beats_ray.bench import ceiling_cases, checkpoint_cases, measure, processes, stage_cases, suite
-from beats_ray.bench.cases import BENCHES, Case, Observation
+from beats_ray.bench.cases import BENCHES, Case, Cost, Observation
 from beats_ray.bench.end_to_end_cases import observe
 from beats_ray.bench.energy import joules_per_clip
 from beats_ray.bench.measure import Failed, Measured, measure_case
@@ -193,6 +193,17 @@ def test_a_run_s_start_ends_with_its_first_step_and_its_rate_begins_there() -> N
     assert found.start_seconds == pytest.approx(30.0)
     assert (found.seconds, found.clips) == (4.0, 32)
     assert found.data_wait == pytest.approx((0.2 * 1.0 + 0.1 * 3.0) / 4.0)
+    assert found.mfu is None
+
+
+def test_a_run_s_mfu_is_what_its_workers_report_after_the_first_step() -> None:
+    reports = told(*((at, float(at), 16 * at, 0.0) for at in range(1, 5)))
+    for one, mfu in zip(reports["reports"], (0.01, 0.4, 0.3, 0.35), strict=True):
+        one["perf/mfu"] = mfu
+    found = observe(reports, ray_s=0.0, fit_started=0.0, peak_mib=0.0)
+    assert found.mfu == 0.35
+    config = BenchConfig(name="end-to-end")
+    assert figures(config, [measured("1 worker", 1000.0, 10, told_mfu=found.mfu)])["MFU"] == ["35.0%"]
 
 
 def measured(case: str, step_ms: float, clips: int, **others: Any) -> Measured:
@@ -207,6 +218,31 @@ def test_the_ratio_of_unequal_numbers_of_clips_is_that_of_a_clip_s_time() -> Non
     assert columns["time / 1 worker"] == ["1.00", "0.90"]
     assert columns["data wait"] == ["2.0%", "-"]
     assert "J/clip" not in columns
+
+
+def test_cases_of_one_precision_have_one_peak_the_fastest_of_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"beats_ray": 100.0, "published formula": 80.0, "openbeats (ESPnet)": 120.0}
+
+    def in_a_process(cases: list[Case], _config: BenchConfig, _deadline: object) -> list[Measured]:
+        return [measured(case.name, 1000.0, 1, cost=Cost(60.0, 0.0), peak_flops=peaks[case.name]) for case in cases]
+
+    monkeypatch.setattr(measure, "_in_a_process", in_a_process)
+    found, _ = measure.measure(BenchConfig(name="encoder", rounds=1, cases=tuple(peaks)), lambda _text: None)
+    assert [one.mfu for one in found] == [0.5, 0.5, 0.5]
+
+
+def test_what_needs_a_cluster_of_its_own_is_left_out_on_one_that_is_there() -> None:
+    joined = BenchConfig(name="end-to-end", output="s3://bucket/bench", device="cuda")  # no GPU of this machine counts
+    cases, lacking = measure.cases_of(joined)
+    assert [case.name for case in cases] == [
+        "1 worker", "2 workers", "4 workers", "1 worker, 10x the clips", "1 worker, 100x the clips"
+    ]  # fmt: skip
+    assert all("leave output out" in one for one in lacking)
+    assert len(lacking) == 14
+    more, _ = measure.cases_of(joined.model_copy(update={"cases": ("16 workers",)}))
+    assert [case.workers for case in more] == [16]
+    with pytest.raises(ConfigError, match="output=o: bench fbank writes nothing"):
+        run_bench(BenchConfig(name="fbank", output="o"), Console())
 
 
 def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

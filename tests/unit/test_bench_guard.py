@@ -43,8 +43,8 @@ def test_rows_that_only_one_side_has_are_named() -> None:
     assert "--store" in str(new[0])
 
 
-def one(case: str, *cpu_ms: float, wall_ms: float = 1000.0) -> Measured:
-    return Measured(case, [wall_ms] * len(cpu_ms), [0.0] * len(cpu_ms), list(cpu_ms), 0.0, clips_per_step=2)
+def one(case: str, *cpu_ms: float, wall_ms: float = 1000.0, peak_mib: float = 0.0) -> Measured:
+    return Measured(case, [wall_ms] * len(cpu_ms), [0.0] * len(cpu_ms), list(cpu_ms), peak_mib, clips_per_step=2)
 
 
 def test_a_ratio_is_that_of_the_fastest_repetitions_by_cpu_time_beside_the_case_s_own_reference() -> None:
@@ -64,6 +64,14 @@ def test_a_ratio_is_that_of_the_fastest_repetitions_by_cpu_time_beside_the_case_
     }
 
 
+def test_memory_is_held_where_a_model_is_trained() -> None:
+    rows = [one("beats_ray", 10.0, peak_mib=500.0), one("published formula", 15.0, peak_mib=800.0)]
+    assert ratios_of(BenchConfig(name="encoder"), rows) == {"published formula": 1.5, "published formula, memory": 1.6}
+    more = {"encoder": {"published formula": 1.5, "published formula, memory": 1.2}}
+    losses = find_losses({"encoder": ratios_of(BenchConfig(name="encoder"), rows)}, more)
+    assert [loss.row for loss in losses] == ["encoder, published formula, memory"]
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     settings = {"clips": 2, "threads": 1}
@@ -80,7 +88,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         def measure(config: BenchConfig, _tell: object) -> tuple[list[Measured], list[Failed]]:
             assert (config.name, config.clips, config.threads) == ("fbank", 2, 1)
             assert set(config.cases) == {case.name for case in BENCHES["fbank"]}
-            first, second = (case.name for case in BENCHES["fbank"])
+            first, second, _ = (case.name for case in BENCHES["fbank"])
             return [one(first, ours_ms), one(second, 20.0)], []
 
         monkeypatch.setattr(guard, "measure", measure)
@@ -124,7 +132,9 @@ def test_the_file_of_the_repository_has_every_case_that_is_set_beside_another() 
     for name, entry in guarded.items():
         config = BenchConfig(name=name, **entry["settings"])  # type: ignore[arg-type]
         cases = {case.name for case in BENCHES[name] if case.is_for(config.device)}
-        assert set(entry["ratios"]) == {case for case in cases if case != reference_of(config, case)}
+        compared = {case for case in cases if case != reference_of(config, case)}
+        memory = {f"{case}, memory" for case in compared if name in guard.WITH_MEMORY}
+        assert set(entry["ratios"]) == compared | memory
 
 
 @pytest.mark.parametrize("text", ["fbank: 2", "speed: {settings: {}, ratios: {}}", "a: [", "fbank: {ratios: {x: 1}}"])

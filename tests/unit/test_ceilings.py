@@ -19,8 +19,8 @@ from beats_ray.train.memory import encoder_bytes, step_activations
 pytestmark = pytest.mark.unit
 
 CONFIG = BenchConfig(name="ceilings", preset="tiny", clips=2, seconds=2.0)
-MODELS = ["encoder_forward", "encoder_step", "masked_encoder_step", "random_labels", "pretraining_step",
-          "tokenizer_step", "finetuning_step"]  # fmt: skip
+MODELS = ["encoder_forward", "encoder_step", "masked_encoder_step", "random_labels", "distilled_labels",
+          "pretraining_step", "tokenizer_step", "finetuning_step"]  # fmt: skip
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beats_ray.cli import cli
+from beats_ray.config import BenchConfig, load_config
 from beats_ray.models import (
     AudioClassifier,
     BeatsEncoder,
@@ -73,14 +74,17 @@ def test_the_readme_has_an_example() -> None:
 def test_every_command_in_the_pages_exists() -> None:
     seen = set()
     for page in PAGES:
-        for line in re.findall(r"^\s*(?:\$ )?(beats-ray .*)$", page.read_text(), re.MULTILINE):
+        inline = [" ".join(one.split()) for one in re.findall(r"`(beats-ray [a-z][^`]+)`", page.read_text())]
+        for line in re.findall(r"^\s*(?:\$ )?(beats-ray .*)$", page.read_text(), re.MULTILINE) + inline:
             words = shlex.split(line, comments=True)
             seen.add(words[1])
             assert words[1] in cli.commands, f"{page.name}: {line}"
             for option in [word for word in words[2:] if word.startswith("--")]:
                 names = [name for one in cli.commands[words[1]].params for name in one.opts]
                 assert option in [*names, "--help"], f"{page.name}: {line}"
-    assert {"prepare", "iterate", "predict", "embed", "import", "export"} <= seen
+            if words[1] == "bench" and words[2] != "guard":
+                load_config(BenchConfig, None, [word for word in words[3:] if "=" in word], name=words[2])
+    assert {"prepare", "iterate", "predict", "embed", "import", "export", "bench"} <= seen
 
 
 def test_ray_job_stop_waits_for_the_last_checkpoint_of_a_run_that_is_submitted_as_shown() -> None:

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from beats_ray.config import ConfigError, TrainSettings, validate
+from beats_ray.bench.cases import training_process
+from beats_ray.bench.pretrain_cases import our_task
+from beats_ray.config import BenchConfig, ConfigError, TrainSettings, validate
+from beats_ray.models.transformer import TransformerStack
 from beats_ray.train.engine import Engine, deepspeed_config
 from beats_ray.train.optimizer import build_optimizer
 
@@ -71,6 +74,16 @@ def test_an_offloaded_run_trains_and_resumes_like_one_that_is_not(
     assert rest == pytest.approx(plain[3:], abs=1e-5)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "offloaded")]
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["auto", "flex"])
+def test_every_stack_of_a_run_attends_as_it_is_told(attention: Any) -> None:
+    config = BenchConfig(name="pretrain", preset="tiny", clips=2, seconds=1.0)
+    task, train, _ = our_task(config)
+    training_process(config)
+    Engine(task.module, train.model_copy(update={"attention": attention}))
+    stacks = [one for one in task.module.modules() if isinstance(one, TransformerStack)]
+    assert [stack.attention_backend for stack in stacks] == [attention] * 2  # of encoder and predictor
 
 
 @pytest.mark.slow

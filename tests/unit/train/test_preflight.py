@@ -447,6 +447,7 @@ def test_a_batch_in_seconds_is_shown_in_clips_and_is_the_same_run(
     ("overrides", "message"),
     [
         (["train.precision=fp16"], "train.precision=fp16 needs train.use_gpu=true; use bf16 or fp32 on the CPU"),
+        (["train.attention=flex"], "train.attention=flex needs train.use_gpu=true; use auto on the CPU"),
         (
             ["train.compile=true", "data.clip_seconds=10", "data.length_bucket_seconds=1"],
             "data.length_bucket_seconds=1: clips of 10 lengths, and train.compile=true compiles 8 at most; use 1.25",
