@@ -135,12 +135,20 @@ def training_process(config: BenchConfig) -> Any:
 
 
 def engine_step(
-    config: BenchConfig, task: Any, train: Any, batch: Any, *, compiled: bool = False, padding: Padding = "none"
+    config: BenchConfig,
+    task: Any,
+    train: Any,
+    batch: Any,
+    *,
+    compiled: bool = False,
+    padding: Padding = "none",
+    ahead: bool = True,
 ) -> Step:
     """One optimizer step of a worker on this batch, from its copy to the device to AdamW, which is annotated.
 
     compiled: by PyTorch's compiler (`train.compile`). padding: of a batch `with_padding`; mixup gives a clip the longer
-    length of two.
+    length of two. ahead: as in the loop, what is copied and prepared before AdamW is the next step's; else it is
+    prepared when its step begins.
     """
     import torch
 
@@ -158,10 +166,18 @@ def engine_step(
     engine = Engine(task.module, train.model_copy(update={"compile": compiled}), task.depths())
     generator = torch.Generator(context.device).manual_seed(config.seed)
 
+    def prepare() -> Any:
+        return task.prepare(batch.to(context.device), generator, training=True)
+
+    coming = [prepare()] if ahead else []
+
     def step() -> None:
-        prepared = task.prepare(batch.to(context.device), generator, training=True)
+        prepared = coming.pop() if ahead else prepare()
         loss_sum, _sums = engine(*prepared.inputs)
         engine.backward(loss_sum / prepared.num_targets)
+        if ahead:
+            prepared = replace(prepared, inputs=())
+            coming.append(prepare())
         with torch.profiler.record_function(OPTIMIZER):
             engine.step(0, last_micro_batch=True)
 
@@ -373,9 +389,9 @@ def _padded(name: str, module: str, padding: Padding) -> Case:
     return Case(f"{name}, padding {padding}", build, beside=f"{name}, padding left out", as_worker=True)
 
 
-def _pretraining_step(name: str, beside: str, compiled: bool = False) -> Case:
-    """Ours, whole."""
-    build = _lazily("our_step", "pretrain_cases", compiled=compiled)
+def _pretraining_step(name: str, beside: str, **options: Any) -> Case:
+    """Ours, whole; options: of `engine_step`."""
+    build = _lazily("our_step", "pretrain_cases", **options)
     return Case(name, build, cost=_cost("pretraining_step"), beside=beside, as_worker=True)
 
 
@@ -490,6 +506,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         ),
         Case("nothing masked", _our_encoder, cost=_ENCODER, as_worker=True),
         _pretraining_step(_WHOLE_STEP, beside=_WHOLE_STEP),
+        _pretraining_step(f"{_WHOLE_STEP}, nothing prepared ahead", beside=_WHOLE_STEP, ahead=False),
         Case(
             "whole step on every patch, published formula",
             _lazily("every_patch_step", "pretrain_cases", plain=formula_encoder),

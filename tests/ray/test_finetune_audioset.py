@@ -133,6 +133,9 @@ def reference_precision(audioset: AudioSet, model: Path) -> float:
     return float(average_precision_score(truth[:, present], np.stack(logits)[:, present], average="macro"))
 
 
+SHORT = ("train.steps=4", "train.micro_batch_size=2")
+
+
 def test_a_set_of_the_published_form_is_prepared_fine_tuned_and_evaluated(audioset: AudioSet, tmp_path: Path) -> None:
     manifest = audioset.manifest
     assert manifest.label_names == tuple(f"Class {index}, or {index + 1}" for index in range(NUM_CLASSES))
@@ -141,12 +144,12 @@ def test_a_set_of_the_published_form_is_prepared_fine_tuned_and_evaluated(audios
     assert manifest.clips_by_split == {name: clips - MISSING.get(name, 0) for name, clips in SEGMENTS.items()}
 
     run_finetune(
-        config_of(audioset, tmp_path / "run", "data.cache=never", "train.num_workers=2", "train.micro_batch_size=2"),
+        config_of(audioset, tmp_path / "run", *SHORT, "data.cache=never", "train.num_workers=2"),
         Console(),
     )
     records = read_metrics(open_place(str(tmp_path / "run")))
     expected = reference_precision(audioset, tmp_path / "run" / "model")
-    assert [record["step"] for record in records if "validation/mean_average_precision" in record] == [2, 4, 6]
+    assert [record["step"] for record in records if "validation/mean_average_precision" in record] == [2, 4]
     assert records[-1]["test/mean_average_precision"] == pytest.approx(expected, abs=1e-6)
     assert (
         0.0 < records[0]["train/loss"] < 1.0
@@ -164,7 +167,7 @@ def test_a_set_of_the_published_form_is_prepared_fine_tuned_and_evaluated(audios
     assert result["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
 
     # One worker with the same global batches, from the cache: the streams of two workers dealt the same clips.
-    alone = train_alone(audioset, config_of(audioset, tmp_path / "alone", "train.micro_batch_size=2"), cached=True)
+    alone = train_alone(audioset, config_of(audioset, tmp_path / "alone", *SHORT), cached=True)
     for one, other in zip(records, alone, strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
     for name in ("validation/mean_average_precision", "validation/loss", "test/loss"):
@@ -190,6 +193,7 @@ def train_alone(
     return read_metrics(output)
 
 
+@pytest.mark.slow  # the batches are held against each other in test_stream.py, losses and figures above
 def test_streamed_clips_train_as_cached_ones_do_and_a_run_goes_on_bit_for_bit(
     audioset: AudioSet, tmp_path: Path
 ) -> None:
