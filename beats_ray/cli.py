@@ -147,10 +147,6 @@ def cli(context: click.Context) -> None:
         raise UserError(f"no command given; choose one of {', '.join(cli.list_commands(context))}")
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"\.\s|;", text)[0].rstrip(".")
-
-
 def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: config.Section | None = None) -> str:
     """Every setting of a config with its default, which may be that of its section, and the paper's value."""
     lines = []
@@ -161,8 +157,11 @@ def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: con
         else:
             shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}]"
             text = " ".join((field.description or "").split())
-            said = [_first_sentence(text), *(f"Paper: {_first_sentence(one)}" for one in text.split(" Paper: ")[1:])]
-            lines.append(f"  {prefix}{name}{shown if len(shown) < 60 else ''}  {'. '.join(said)}")
+            first, *papers = re.split(r" (?=Paper\b[^:.]*: )", text)
+            said = [re.split(r"\.\s|;", first)[0], *(re.split(r"\.\s", one)[0] for one in papers)]
+            lines.append(
+                f"  {prefix}{name}{shown if len(shown) < 60 else ''}  {'. '.join(one.rstrip('.') for one in said)}"
+            )
     return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
 
 

@@ -881,7 +881,8 @@ class BenchConfig(Section):
     threads: PositiveInt = 2
     """Threads of PyTorch on the CPU; of each worker of end-to-end, by default 1."""
     micro_batch_size: PositiveInt = 4
-    """Clips of a micro-batch of end-to-end, whose optimizer steps have four of them; for a GPU some 64."""
+    """Clips of a micro-batch of end-to-end, whose optimizer steps have four of them, or one for each of more workers;
+    for a GPU some 64."""
     same_allocator: bool = False
     """Whether on a CPU every process allocates memory as our workers do; else ours alone does, others as Python starts
     them."""
@@ -890,8 +891,8 @@ class BenchConfig(Section):
     cases: tuple[str, ...] = ()
     """Rows to measure, by their names; empty means all, of end-to-end all of up to 4 workers."""
     output: str = ""
-    """Folder that all nodes of a running cluster reach (s3://bucket/bench): end-to-end joins that cluster, which it
-    finds as every command does, and runs its rows of workers there. Empty: a cluster of its own on this machine."""
+    """Folder that all nodes of a running cluster reach (s3://bucket/x): end-to-end joins the cluster of RAY_ADDRESS,
+    which `ray job submit` sets, and runs its rows of workers there. Empty: a cluster of its own on this machine."""
 
     @model_validator(mode="before")
     @classmethod

@@ -73,6 +73,8 @@ class Case:
     """Whether its process allocates memory as our workers do, for what they would compute."""
     only_on: str = ""
     """The device on which alone there is something to it; any where empty."""
+    only_in: str = ""
+    """The precision of the run in which alone it is measured; any where empty."""
     asked_for: bool = False
     """Whether it is measured only where `cases` names it."""
 
@@ -80,9 +82,9 @@ class Case:
         """Whether the package that the case needs is installed."""
         return not self.package or importlib.util.find_spec(self.package) is not None
 
-    def is_for(self, device: str) -> bool:
-        """Whether it is measured there."""
-        return self.only_on in ("", device)
+    def is_for(self, config: BenchConfig) -> bool:
+        """Whether a run measures it."""
+        return self.only_on in ("", config.device) and self.only_in in ("", config.precision)
 
 
 MOST_WORKERS = 4
@@ -322,14 +324,21 @@ def _masked_step(positions: str) -> Callable[[BenchConfig], Step]:
     return build
 
 
+def patches_of_clip(config: BenchConfig) -> int:
+    """Of the length of the run's clips."""
+    from beats_ray.models import num_patches
+
+    return num_patches(round(config.seconds * 16_000))
+
+
 def sampled_mask(config: BenchConfig) -> Any:
     """The mask of the run's seed, with the counts of patches that the host of a worker knows."""
     import torch
 
     from beats_ray.bench.costs import MASKED
-    from beats_ray.models import num_patches, sample_patch_mask
+    from beats_ray.models import sample_patch_mask
 
-    patches = num_patches(round(config.seconds * 16_000))
+    patches = patches_of_clip(config)
     is_pad_BN = torch.zeros(config.num_clips, patches, dtype=torch.bool, device=config.device)
     generator = torch.Generator(config.device).manual_seed(config.seed)
     return sample_patch_mask(is_pad_BN, MASKED, generator, num_real_B=torch.full((config.num_clips,), patches))
@@ -355,25 +364,21 @@ def _cost(key: str, **options: Any) -> Callable[[BenchConfig], Cost]:
     return cost
 
 
-def _with_cost(name: str, key: str) -> Case:
+def _with_cost(name: str, key: str, only_in: str = "") -> Case:
     """A case of `ceiling_cases`, which has its cost too."""
-    return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key), as_worker=True)
+    return Case(name, _lazily(key, "ceiling_cases"), cost=_cost(key), as_worker=True, only_in=only_in)
 
 
-def _pipeline(name: str, workers: int = 1, **options: Any) -> Case:
-    """A case of `end_to_end_cases`; options: of `pipeline`."""
-    build = _lazily("pipeline", "end_to_end_cases", workers=workers, **options)
-    return Case(name, build, workers=workers, joins_a_cluster=True, asked_for=workers > MOST_WORKERS)
+def _workers(workers: int) -> Case:
+    """Pre-training on so many of them."""
+    build = _lazily("pipeline", "end_to_end_cases", workers=workers)
+    return Case(f"{workers} workers", build, workers=workers, joins_a_cluster=True, asked_for=workers > MOST_WORKERS)
 
 
-def _growing(name: str, function: str, module: str = "stage_cases", **options: Any) -> tuple[Case, ...]:
-    """A stage on 1, 10 and 100 times the clips, beside that on them once."""
+def _growing(name: str, build: Callable[..., Callable[[BenchConfig], Step]], **options: Any) -> tuple[Case, ...]:
+    """A stage on 1, 10 and 100 times the clips, beside that on them once; options: of its case."""
     return tuple(
-        Case(
-            name if times == 1 else f"{name}, {times}x the clips",
-            _lazily(function, module, times=times, **options),
-            beside=name,
-        )
+        Case(name if times == 1 else f"{name}, {times}x the clips", build(times=times), beside=name, **options)
         for times in (1, 10, 100)
     )
 
@@ -419,8 +424,8 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         _with_cost("encoder, forward", "encoder_forward"),
         _with_cost("encoder, forward and backward", "encoder_step"),
         _with_cost("the same, 75 % masked", "masked_encoder_step"),
-        _with_cost("labels, random projection", "random_labels"),
-        _with_cost("labels, distilled", "distilled_labels"),
+        _with_cost("labels, random projection", "random_labels", only_in="fp32"),  # as the labels stage computes
+        _with_cost("labels, distilled", "distilled_labels", only_in="fp32"),
         _with_cost(_PRETRAINING, "pretraining_step"),
         _with_cost("tokenizer training step", "tokenizer_step"),
         _with_cost(_FINE_TUNING, "finetuning_step"),
@@ -469,14 +474,12 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         ),
     ),
     "end-to-end": (
-        _pipeline("1 worker"),
-        *(_pipeline(f"{workers} workers", workers=workers) for workers in (2, 4, 8, 16, 32, 64)),
-        _pipeline("1 worker, 10x the clips", times=10),
-        _pipeline("1 worker, 100x the clips", times=100),
-        *_growing("tokenizer training", "pipeline", "end_to_end_cases", kind="distill"),
-        *_growing("prepare", "prepare_stage"),
-        *_growing("labels", "labels_stage"),
-        *_growing("embed", "embed_stage"),
+        *_growing("1 worker", partial(_lazily, "pipeline", "end_to_end_cases"), joins_a_cluster=True),
+        *(_workers(number) for number in (2, 4, 8, 16, 32, 64)),
+        *_growing("tokenizer training", partial(_lazily, "pipeline", "end_to_end_cases", kind="distill")),
+        *_growing("prepare", partial(_lazily, "prepare_stage", "stage_cases")),
+        *_growing("labels", partial(_lazily, "labels_stage", "stage_cases")),
+        *_growing("embed", partial(_lazily, "embed_stage", "stage_cases")),
         _sweep(trials=4),
         _sweep(trials=16),
     ),
@@ -506,7 +509,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         ),
         Case("nothing masked", _our_encoder, cost=_ENCODER, as_worker=True),
         _pretraining_step(_WHOLE_STEP, beside=_WHOLE_STEP),
-        _pretraining_step(f"{_WHOLE_STEP}, nothing prepared ahead", beside=_WHOLE_STEP, ahead=False),
+        _pretraining_step("whole step, nothing prepared ahead", beside=_WHOLE_STEP, ahead=False),
         Case(
             "whole step on every patch, published formula",
             _lazily("every_patch_step", "pretrain_cases", plain=formula_encoder),

@@ -6,7 +6,7 @@ Shapes: B clips, S samples, T frames, F mel bins, N patches, D width, C classes.
 
 from typing import Any
 
-from beats_ray.bench.cases import Step, random_waves, sampled_mask, seeded_encoder, training_step
+from beats_ray.bench.cases import Step, patches_of_clip, random_waves, sampled_mask, seeded_encoder, training_step
 from beats_ray.bench.costs import (
     CLASSES,
     CODES,
@@ -46,11 +46,9 @@ def memory_copy(config: BenchConfig) -> Step:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _num_patches(config: BenchConfig) -> int:
-    """Of all clips, none of it padding, which the host of a worker knows too."""
-    from beats_ray.models import num_patches
-
-    return config.num_clips * num_patches(round(config.seconds * 16_000))
+def _num_real(config: BenchConfig) -> int:
+    """Patches of all clips, none of them padding, which the host of a worker knows too."""
+    return config.num_clips * patches_of_clip(config)
 
 
 def _fbank(config: BenchConfig) -> tuple[Any, Any]:
@@ -84,7 +82,7 @@ def filterbank(config: BenchConfig) -> Step:
 def encoder_forward(config: BenchConfig) -> Step:
     import torch
 
-    encoder, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_patches(config)
+    encoder, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_real(config)
 
     def step() -> None:
         with torch.inference_mode(), torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -94,7 +92,7 @@ def encoder_forward(config: BenchConfig) -> Step:
 
 
 def encoder_step(config: BenchConfig) -> Step:
-    encoder, inputs, num_real = seeded_encoder(config), _fbank(config), _num_patches(config)
+    encoder, inputs, num_real = seeded_encoder(config), _fbank(config), _num_real(config)
     return training_step(config, encoder, lambda: encoder(*inputs, num_real=num_real).features_BND)
 
 
@@ -139,7 +137,7 @@ def tokenizer_step(config: BenchConfig) -> Step:
 
     from beats_ray.train.distill import DistillTask
 
-    teacher, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_patches(config)
+    teacher, inputs, num_real = seeded_encoder(config).eval(), _fbank(config), _num_real(config)
     settings = distill_settings(config)
     module = DistillTask(settings, teacher).module.to(config.device).train()
     quantizer = module.model.tokenizer.quantizer
@@ -162,4 +160,4 @@ def finetuning_step(config: BenchConfig) -> Step:
     inputs = _fbank(config)
     module = FinetuneTask(finetune_settings(config), seeded_encoder(config), labels()).module
     targets_BC = torch.eye(CLASSES, device=config.device)[torch.arange(config.num_clips) % CLASSES]
-    return _summed(config, module.to(config.device).train(), (*inputs, targets_BC, _num_patches(config)))
+    return _summed(config, module.to(config.device).train(), (*inputs, targets_BC, _num_real(config)))

@@ -1,6 +1,6 @@
 """What the stages of a BEATs run cost by formula: FLOPs and bytes of one step, for floors and MFU.
 
-FLOPs are those of `train/flops.py`. Bytes go to and from memory: everything that a layer keeps for
+FLOPs are those of `train/flops.py`. Bytes are those that go to and from memory: everything that a layer keeps for
 the backward pass (`train/memory.py`) is written once and read once, weights are read in each pass, and their gradients
 written. Caches hold some of it back, kernels move more, and a CPU keeps less than a GPU, for which the formula is: a
 yardstick and no count.

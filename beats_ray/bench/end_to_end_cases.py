@@ -1,9 +1,10 @@
 """The whole pipeline: shards, Ray Data's stream, Ray Train's workers, and the step of pre-training or of a tokenizer.
 
 One step of this benchmark is one run over all clips once, on a cluster of its own on this machine, or on the one that
-is there (`output`), of whose memory it sees what this machine holds. Its start ends with
-the first optimizer step; the time, the data wait and the rate are those of the steps after it. The global batch is the
-same for any number of workers. Labels are those of the random projection, computed on the fly.
+is there (`output`), of whose memory it sees the driver's alone. Its start ends with the first optimizer step; the time,
+the data wait and the rate are those of the steps after it, but for the last, which has no next one to prepare. The
+global batch is the same for up to four workers, and a micro-batch for each of more. Labels are those of the random
+projection, computed on the fly.
 
 `beats-ray bench end-to-end` holds the time of a clip on 1, 10 and 100 times as many clips against that on the first:
 a pipeline that is linear gives 1. Clips are short, so that it is their number that grows and not the hours of sound.
@@ -29,7 +30,7 @@ from beats_ray.config import BenchConfig, RaySettings
 from beats_ray.data.storage import Place, open_place
 
 MICRO_BATCHES = 4
-"""Of an optimizer step, over all workers."""
+"""Of an optimizer step, over all workers; one for each where there are more of them."""
 SAMPLE_SECONDS = 1.0
 STORE_MIB = 1024
 RESULT_FILE = "bench.json"
@@ -42,8 +43,8 @@ def pipeline(config: BenchConfig, kind: Kind = "pretrain", workers: int = 1, tim
     """A run with so many workers on so many times `config.num_clips` clips."""
     from beats_ray.bench.data_cases import write_shards
 
-    step_clips = MICRO_BATCHES * config.micro_batch_size
-    steps = max(2, config.num_clips * times // step_clips)
+    step_clips = _step_clips(config, workers)
+    steps = max(3, config.num_clips * times // step_clips)
     config = config.model_copy(update={"clips": steps * step_clips})
     folder = _for_all_nodes(Path(write_shards(config)), config.output)
 
@@ -55,6 +56,10 @@ def pipeline(config: BenchConfig, kind: Kind = "pretrain", workers: int = 1, tim
             return observe(told, ray_s, fit_started, peak_mib())
 
     return step
+
+
+def _step_clips(config: BenchConfig, workers: int) -> int:
+    return max(MICRO_BATCHES, workers) * config.micro_batch_size
 
 
 def _for_all_nodes(folder: Path, output: str) -> str:
@@ -82,7 +87,7 @@ def _output(output: str) -> Iterator[Place]:
             yield open_place(folder)
 
 
-def _run(config: BenchConfig, kind: Kind, run: Any) -> tuple[float, float]:
+def _run(config: BenchConfig, kind: Kind, settings: Any) -> tuple[float, float]:
     """Runs it; returns the seconds in which Ray started, and when the run was handed over (`time.time`)."""
     from beats_ray.launch import ray_cluster
     from beats_ray.train.jobs import fit_with
@@ -90,13 +95,13 @@ def _run(config: BenchConfig, kind: Kind, run: Any) -> tuple[float, float]:
     started = time.time()
     cores = os.cpu_count() or 1
     address = "auto" if config.output else "local"
-    settings = RaySettings(
-        address=address, object_store_mib=STORE_MIB, num_cpus=max(2 * cores, run.train.num_workers + 3)
+    cluster = RaySettings(
+        address=address, object_store_mib=STORE_MIB, num_cpus=max(2 * cores, settings.train.num_workers + 3)
     )
-    with ray_cluster(settings):
+    with ray_cluster(cluster):
         ray_s = time.time() - started
         fit_started = time.time()
-        fit_with(kind, run, partial(_worker, config.threads))
+        fit_with(kind, settings, partial(_worker, config.threads))
     return ray_s, fit_started
 
 
@@ -105,20 +110,21 @@ def _run_config(config: BenchConfig, kind: Kind, workers: int, steps: int, folde
     from beats_ray.config import DistillConfig, PretrainConfig
 
     settings: type[PretrainConfig | DistillConfig] = PretrainConfig
-    teacher = {}
+    more: dict[str, Any] = {}
     if kind == "distill":
-        settings, teacher = DistillConfig, {"teacher": (output / "teacher").uri}
+        settings = DistillConfig
+        more = {"teacher": (output / "teacher").uri, "tokenizer": {"init_batches": 1}}  # k-means is part of the start
         publish_encoder(config, output / "teacher")
     return settings.model_validate(
         {
             "output": (output / "run").uri,
-            **teacher,
+            **more,
             "data": {"path": folder, "clip_seconds": config.seconds},
             "encoder": {"preset": config.preset},
             "train": {
                 "steps": steps,
                 "warmup_steps": 0,
-                "global_batch_size": MICRO_BATCHES * config.micro_batch_size,
+                "global_batch_size": _step_clips(config, workers),
                 "micro_batch_size": config.micro_batch_size,
                 "num_workers": workers,
                 "use_gpu": config.device == "cuda",
@@ -171,10 +177,10 @@ _TOLD = ("at", "seconds", "clips", "data/wait_fraction", "perf/mfu")
 def observe(told: dict[str, Any], ray_s: float, fit_started: float, peak_mib: float) -> Observation:
     """What the first worker's reports of a run say of its start and of the steps after the first.
 
-    A report's `seconds` count from where the worker asked for its first batch. Of the last report, which comes after
-    the model was published, they end with the last step too.
+    A report's `seconds` count from where the worker asked for its first batch. A step's time has the wait for the next
+    step's batches in it, for which the last step has no need: it does not count.
     """
-    first, *others = told["reports"]
+    first, *others, _ = told["reports"]
     last = others[-1]
     asked = first["at"] - first["seconds"]
     first_batch_s = first["data/wait_fraction"] * first["seconds"]

@@ -68,7 +68,7 @@ def _rows(ratios: Ratios) -> dict[str, float]:
 
 def _compared(config: BenchConfig) -> tuple[str, ...]:
     """The cases that are set beside another, and those others."""
-    cases = (case for case in BENCHES[config.name] if case.is_for(config.device))
+    cases = (case for case in BENCHES[config.name] if case.is_for(config))
     pairs = ((case.name, reference_of(config, case.name)) for case in cases)
     return tuple({name for pair in pairs if pair[0] != pair[1] for name in pair})
 

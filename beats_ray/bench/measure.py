@@ -82,7 +82,7 @@ def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
     ConfigError where a case is chosen that the benchmark has not.
     """
     cases, lacking = [], []
-    here = [case for case in BENCHES[config.name] if case.is_for(config.device)]
+    here = [case for case in BENCHES[config.name] if case.is_for(config)]
     chosen = config.cases or tuple(case.name for case in here if not case.asked_for)
     unknown = sorted(set(chosen) - {case.name for case in here})
     if unknown:
@@ -142,8 +142,7 @@ def _over_one_peak(measured: list[Measured], in_fp32: set[str]) -> list[Measured
 
 def _groups(cases: list[Case], config: BenchConfig) -> list[list[Case]]:
     """The cases of each process."""
-    shares_a_process = config.device == "cuda" and config.name != "end-to-end"  # whose cases have clusters
-    return [cases] if cases and shares_a_process else [[case] for case in cases]
+    return [cases] if cases and _device_of(config) == "cuda" else [[case] for case in cases]
 
 
 def _merged(rounds: list[Measured]) -> Measured:
@@ -200,7 +199,7 @@ def _measure_all(send: Send, config: BenchConfig, names: tuple[str, ...]) -> Non
         except Exception:  # noqa: BLE001  # it is reported, and the other cases have their turn
             result = Failed(name, traceback.format_exc())
         send(result)
-        if config.device == "cuda":
+        if _device_of(config) == "cuda":
             _forget()
 
 
@@ -260,7 +259,7 @@ def _timed(step: Step, config: BenchConfig) -> _Timed:
     """Milliseconds of the work, of the start before it, and of CPU time in both."""
     started, cpu_started = time.perf_counter(), time.process_time()
     told = step()
-    if config.device == "cuda":
+    if _device_of(config) == "cuda":
         import torch
 
         torch.cuda.synchronize()
@@ -271,9 +270,14 @@ def _timed(step: Step, config: BenchConfig) -> _Timed:
     return _Timed((time.perf_counter() - started - start) * 1000.0, start * 1000.0, cpu_ms, None)
 
 
+def _device_of(config: BenchConfig) -> str:
+    """Where this process computes: end-to-end leaves that to its workers, which may be on other machines."""
+    return "cpu" if config.name == "end-to-end" else config.device
+
+
 def _begin_memory(config: BenchConfig) -> int:
     """Bytes that are held already."""
-    if config.device == "cuda":
+    if _device_of(config) == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
@@ -282,7 +286,7 @@ def _begin_memory(config: BenchConfig) -> int:
 
 
 def _peak_bytes(config: BenchConfig) -> int:
-    if config.device == "cuda":
+    if _device_of(config) == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()

@@ -11,7 +11,7 @@ AdamW is PyTorch's as one calls it, which is not fused on a CPU. In bf16 ours ha
 from dataclasses import replace
 from typing import Any
 
-from beats_ray.bench.cases import PlainEncoder, Step, engine_step, int16_batch, plain_step
+from beats_ray.bench.cases import PlainEncoder, Step, engine_step, int16_batch, patches_of_clip, plain_step
 from beats_ray.bench.costs import CODES, MASKED, pretrain_settings
 from beats_ray.config import BenchConfig
 
@@ -53,8 +53,5 @@ def _labels(config: BenchConfig) -> Any:
     """labels_BN in host memory, one for each patch."""
     import torch
 
-    from beats_ray.models import num_patches
-
-    patches = num_patches(round(config.seconds * 16_000))
     generator = torch.Generator().manual_seed(config.seed)
-    return torch.randint(CODES, (config.num_clips, patches), generator=generator)
+    return torch.randint(CODES, (config.num_clips, patches_of_clip(config)), generator=generator)

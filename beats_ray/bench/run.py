@@ -1,12 +1,13 @@
 """Runs a benchmark and prints its cases side by side."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from beats_ray.bench.cases import BENCHES
+from beats_ray.bench.cases import BENCHES, patches_of_clip
 from beats_ray.bench.floor import find_floors, show_floors
 from beats_ray.bench.measure import Failed, Measured, cases_of, measure
 from beats_ray.config import BenchConfig, ConfigError
@@ -63,6 +64,10 @@ def check_device(config: BenchConfig) -> None:
     """ConfigError where the device is not there, or a folder has no use."""
     if config.output and config.name != "end-to-end":
         raise ConfigError(f"output={config.output}: bench {config.name} writes nothing; leave it out")
+    if config.output and "RAY_ADDRESS" not in os.environ:
+        raise ConfigError(
+            f"output={config.output}: no cluster to join; submit it as a job, set RAY_ADDRESS, or leave output out"
+        )
     if config.device == "cuda" and not config.output:
         import torch
 
@@ -80,9 +85,7 @@ def labels_per_s(config: BenchConfig, one: Measured) -> float | None:
     """Patch labels in a second, of what computes them."""
     if config.name != "tokenize":
         return None
-    from beats_ray.models import num_patches
-
-    return one.clips_per_s * num_patches(round(config.seconds * 16_000))
+    return one.clips_per_s * patches_of_clip(config)
 
 
 def reference_of(config: BenchConfig, case: str) -> str:
@@ -120,6 +123,8 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console) -> No
 
 def _peaks(measured: list[Measured]) -> str:
     peaks = [one.peak_flops for one in measured if one.peak_flops is not None]
+    if not peaks:
+        return "the GPU's data sheet, as the workers report it"
     shown = (
         f"{min(peaks) / 1e12:.3g}"
         if max(peaks) < 1.005 * min(peaks)

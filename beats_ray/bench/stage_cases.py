@@ -3,7 +3,7 @@ what one trial more costs a sweep, in sweeps of 4 and 16 trials of one step.
 
 A step is the stage as the command runs it, on a cluster of its own on this machine. Its start ends when the stage has
 gone over a few clips; actors that have a model are started anew for all of them, which is in the time of each row.
-Labels are those of a distilled tokenizer of the run's encoder, all weights are random.
+Labels are those of a distilled tokenizer of the run's encoder; all weights are random.
 """
 
 import tempfile

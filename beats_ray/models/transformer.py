@@ -184,16 +184,13 @@ class TransformerStack(nn.Module):
 
 def pack_below(module: nn.Module, share: float) -> None:
     """Sets `packed_below` of all stacks of a module."""
-    for stack in module.modules():
-        if isinstance(stack, TransformerStack):
-            stack.packed_below = share
+    for stack in stacks_of(module):
+        stack.packed_below = share
 
 
-def attend_by(module: nn.Module, backend: AttentionBackend) -> None:
-    """Sets `attention_backend` of all stacks of a module."""
-    for stack in module.modules():
-        if isinstance(stack, TransformerStack):
-            stack.use(attention_backend=backend)
+def stacks_of(module: nn.Module) -> list[TransformerStack]:
+    """All stacks in a module, such as those of an encoder and a label predictor."""
+    return [one for one in module.modules() if isinstance(one, TransformerStack)]
 
 
 def initialise_stack(stack: nn.Module, config: EncoderConfig) -> None:

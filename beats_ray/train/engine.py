@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
-from beats_ray.models.transformer import attend_by
+from beats_ray.models.transformer import stacks_of
 from beats_ray.train.extras import check_keys, merge_extras
 from beats_ray.train.optimizer import build_optimizer, learning_rate
 
@@ -116,7 +116,8 @@ class Engine:
             for _, flat in self._flat_parameters():
                 self._adamw.state[flat][AVERAGE].copy_(flat.detach())
         if settings.attention != "auto":
-            attend_by(module, settings.attention)
+            for stack in stacks_of(module):
+                stack.use(attention_backend=settings.attention)
         if settings.compile:  # in place: names stay
             self._engine.compile(compile_kwargs={"dynamic": False})
 

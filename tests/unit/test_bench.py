@@ -14,8 +14,18 @@ import pytest
 import torch
 
 from beats_ray import cli
-from beats_ray.bench import ceiling_cases, checkpoint_cases, measure, processes, stage_cases, suite
-from beats_ray.bench.cases import BENCHES, Case, Cost, Observation
+from beats_ray.bench import (
+    ceiling_cases,
+    checkpoint_cases,
+    end_to_end_cases,
+    measure,
+    pretrain_cases,
+    processes,
+    run,
+    stage_cases,
+    suite,
+)
+from beats_ray.bench.cases import BENCHES, Case, Cost, Observation, engine_step
 from beats_ray.bench.end_to_end_cases import observe
 from beats_ray.bench.energy import joules_per_clip
 from beats_ray.bench.measure import Failed, Measured, measure_case
@@ -25,6 +35,7 @@ from beats_ray.bench.run import figures, run_bench
 from beats_ray.bench.tokenize_cases import fitted_tokenizer, label_by_formula, label_clip_by_clip
 from beats_ray.config import BenchConfig, ConfigError, RaySettings
 from beats_ray.console import Console
+from beats_ray.data.storage import open_place
 from beats_ray.launch import allocator_environment
 from beats_ray.models import (
     BeatsEncoder,
@@ -34,6 +45,7 @@ from beats_ray.models import (
     normalise_fbank,
     num_patches,
 )
+from beats_ray.train.engine import Engine
 
 pytestmark = pytest.mark.unit
 
@@ -83,7 +95,7 @@ def test_every_case_is_measured_and_reported(
     assert run_bench(config, Console(), as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["preset"] == "tiny"
-    here = [case for case in BENCHES[name] if case.is_for("cpu")]
+    here = [case for case in BENCHES[name] if case.is_for(config)]
     assert [row["case"] for row in report["cases"]] == [case.name for case in here if case.available()]
     for row in report["cases"]:
         assert len(row["step_ms"]) == 2
@@ -182,10 +194,11 @@ def told(*reports: tuple[float, float, int, float]) -> dict[str, Any]:
     return {"began": 995.0, "reports": rows}
 
 
-def test_a_run_s_start_ends_with_its_first_step_and_its_rate_begins_there() -> None:
+def test_a_run_s_start_ends_with_its_first_step_and_its_rate_with_the_last_that_has_a_next_one() -> None:
     found = observe(
-        told((1, 4.0, 16, 0.75), (2, 5.0, 32, 0.2), (3, 8.0, 48, 0.1)), ray_s=6.0, fit_started=980.0, peak_mib=100.0
-    )
+        told((1, 4.0, 16, 0.75), (2, 5.0, 32, 0.2), (3, 8.0, 48, 0.1), (4, 9.0, 64, 0.9)),
+        ray_s=6.0, fit_started=980.0, peak_mib=100.0,
+    )  # fmt: skip
     assert found.parts_s == {
         "Ray": 6.0, "workers": 15.0, "model, engine": 5.0, "first batch": pytest.approx(3.0),
         "first step": pytest.approx(1.0),
@@ -196,14 +209,16 @@ def test_a_run_s_start_ends_with_its_first_step_and_its_rate_begins_there() -> N
     assert found.mfu is None
 
 
-def test_a_run_s_mfu_is_what_its_workers_report_after_the_first_step() -> None:
-    reports = told(*((at, float(at), 16 * at, 0.0) for at in range(1, 5)))
-    for one, mfu in zip(reports["reports"], (0.01, 0.4, 0.3, 0.35), strict=True):
+def test_a_run_s_mfu_is_what_its_workers_report_after_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = told(*((at, float(at), 16 * at, 0.0) for at in range(1, 6)))
+    for one, mfu in zip(reports["reports"], (0.01, 0.4, 0.3, 0.35, 0.9), strict=True):
         one["perf/mfu"] = mfu
     found = observe(reports, ray_s=0.0, fit_started=0.0, peak_mib=0.0)
     assert found.mfu == 0.35
-    config = BenchConfig(name="end-to-end")
-    assert figures(config, [measured("1 worker", 1000.0, 10, told_mfu=found.mfu)])["MFU"] == ["35.0%"]
+    config, row = BenchConfig(name="end-to-end"), measured("1 worker", 1000.0, 10, told_mfu=found.mfu)
+    assert figures(config, [row])["MFU"] == ["35.0%"]
+    run._show(config, [row], Console())
+    assert "as the workers report it" in capsys.readouterr().out
 
 
 def measured(case: str, step_ms: float, clips: int, **others: Any) -> Measured:
@@ -231,11 +246,11 @@ def test_cases_of_one_precision_have_one_peak_the_fastest_of_any_process(monkeyp
     assert [one.mfu for one in found] == [0.5, 0.5, 0.5]
 
 
-def test_what_needs_a_cluster_of_its_own_is_left_out_on_one_that_is_there() -> None:
+def test_what_needs_a_cluster_of_its_own_is_left_out_on_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     joined = BenchConfig(name="end-to-end", output="s3://bucket/bench", device="cuda")  # no GPU of this machine counts
     cases, lacking = measure.cases_of(joined)
     assert [case.name for case in cases] == [
-        "1 worker", "2 workers", "4 workers", "1 worker, 10x the clips", "1 worker, 100x the clips"
+        "1 worker", "1 worker, 10x the clips", "1 worker, 100x the clips", "2 workers", "4 workers"
     ]  # fmt: skip
     assert all("leave output out" in one for one in lacking)
     assert len(lacking) == 14
@@ -243,6 +258,46 @@ def test_what_needs_a_cluster_of_its_own_is_left_out_on_one_that_is_there() -> N
     assert [case.workers for case in more] == [16]
     with pytest.raises(ConfigError, match="output=o: bench fbank writes nothing"):
         run_bench(BenchConfig(name="fbank", output="o"), Console())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="output=s3://bucket/bench: no cluster to join"):
+        run_bench(joined, Console())
+
+
+def test_a_head_without_a_gpu_measures_runs_on_others_that_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no CUDA here")
+
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, broken)
+    case = Case("1 worker", lambda _config: lambda: Observation(2.0, 1.0, 16, 100.0, 0.1))
+    found = measure_case(case, BenchConfig(name="end-to-end", device="cuda", output="s3://bucket/bench"))
+    assert (found.median_ms, found.clips_per_step, found.peak_mib) == (2000.0, 16, 100.0)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in BENCHES["end-to-end"] if case.joins_a_cluster], ids=lambda one: one.name
+)
+def test_workers_share_the_clips_of_a_step_alike(case: Case, tmp_path: Path) -> None:
+    config = BenchConfig(name="end-to-end", micro_batch_size=64)
+    train = end_to_end_cases._run_config(config, "pretrain", case.workers, 3, "-", open_place(str(tmp_path))).train
+    assert train.accumulation_steps(case.workers) == max(1, 4 // case.workers)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_step_prepares_the_next_batch_before_its_adamw_or_its_own_at_its_begin(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    config = BenchConfig(name="pretrain", preset="tiny", clips=2, seconds=1.0)
+    task, train, batch = pretrain_cases.our_task(config)
+    events: list[str] = []
+    prepare, adamw = task.prepare, Engine.step
+    monkeypatch.setattr(task, "prepare", lambda *args, **named: (events.append("prepare"), prepare(*args, **named))[1])
+    monkeypatch.setattr(Engine, "step", lambda *args, **named: (events.append("step"), adamw(*args, **named))[1])
+    step = engine_step(config, task, train, batch, ahead=ahead)
+    step()
+    step()
+    both = ["prepare", "step"]
+    assert events == (["prepare", *both, *both] if ahead else [*both, *both])
 
 
 def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +305,9 @@ def test_workers_beyond_the_gpus_are_left_out_and_named(monkeypatch: pytest.Monk
     cases, lacking = measure.cases_of(BenchConfig(name="end-to-end", device="cuda"))
     assert [case.name for case in cases if "worker" in case.name] == [
         "1 worker",
-        "2 workers",
         "1 worker, 10x the clips",
         "1 worker, 100x the clips",
+        "2 workers",
     ]
     assert lacking == ["4 workers (needs 4 GPUs, 2 visible)"]
 

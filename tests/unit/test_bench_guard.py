@@ -131,7 +131,7 @@ def test_the_file_of_the_repository_has_every_case_that_is_set_beside_another() 
     guarded = read_guarded(guard.RATIOS_FILE)
     for name, entry in guarded.items():
         config = BenchConfig(name=name, **entry["settings"])  # type: ignore[arg-type]
-        cases = {case.name for case in BENCHES[name] if case.is_for(config.device)}
+        cases = {case.name for case in BENCHES[name] if case.is_for(config)}
         compared = {case for case in cases if case != reference_of(config, case)}
         memory = {f"{case}, memory" for case in compared if name in guard.WITH_MEMORY}
         assert set(entry["ratios"]) == compared | memory

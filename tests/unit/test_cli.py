@@ -118,6 +118,7 @@ def test_every_command_has_help(name: list[str], capsys: pytest.CaptureFixture[s
 def test_help_of_a_command_lists_its_settings() -> None:
     text = beats_ray("pretrain", "--help").stdout
     assert "masking.ratio [0.75]  Fraction of a clip's patches hidden from the encoder. Paper: 0.75" in text
+    assert "AdamW's decay rates. Paper (E): 0.9, 0.98\n" in text
     assert "train.global_batch_size [560]" in text
     assert "data.path" in text
 

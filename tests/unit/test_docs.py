@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from beats_ray.bench.cases import BENCHES
 from beats_ray.cli import cli
 from beats_ray.config import BenchConfig, load_config
 from beats_ray.models import (
@@ -74,8 +75,10 @@ def test_the_readme_has_an_example() -> None:
 def test_every_command_in_the_pages_exists() -> None:
     seen = set()
     for page in PAGES:
-        inline = [" ".join(one.split()) for one in re.findall(r"`(beats-ray\s[a-z][^`]+)`", page.read_text())]
-        for line in re.findall(r"^\s*(?:\$ )?(beats-ray .*)$", page.read_text(), re.MULTILINE) + inline:
+        text = page.read_text().replace("\\\n", " ")
+        inline = [" ".join(one.split()) for one in re.findall(r"`(beats-ray\s[a-z][^`]+)`", text)]
+        jobs = [f"beats-ray bench {rest}" for rest in re.findall(r"python jobs/bench\.py (.*)$", text, re.MULTILINE)]
+        for line in re.findall(r"^\s*(?:\$ )?(beats-ray .*)$", text, re.MULTILINE) + inline + jobs:
             words = shlex.split(line, comments=True)
             seen.add(words[1])
             assert words[1] in cli.commands, f"{page.name}: {line}"
@@ -83,7 +86,8 @@ def test_every_command_in_the_pages_exists() -> None:
                 names = [name for one in cli.commands[words[1]].params for name in one.opts]
                 assert option in [*names, "--help"], f"{page.name}: {line}"
             if words[1] == "bench" and len(words) > 2 and words[2] != "guard":
-                load_config(BenchConfig, None, [word for word in words[3:] if "=" in word], name=words[2])
+                config = load_config(BenchConfig, None, [word for word in words[3:] if "=" in word], name=words[2])
+                assert set(config.cases) <= {case.name for case in BENCHES.get(words[2], ())}, f"{page.name}: {line}"
     assert {"prepare", "iterate", "predict", "embed", "import", "export", "bench"} <= seen
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from beats_ray.bench.cases import training_process
 from beats_ray.bench.pretrain_cases import our_task
 from beats_ray.config import BenchConfig, ConfigError, TrainSettings, validate
-from beats_ray.models.transformer import TransformerStack
+from beats_ray.models.transformer import stacks_of
 from beats_ray.train.engine import Engine, deepspeed_config
 from beats_ray.train.optimizer import build_optimizer
 
@@ -77,13 +77,12 @@ def test_an_offloaded_run_trains_and_resumes_like_one_that_is_not(
 
 
 @pytest.mark.parametrize("attention", ["auto", "flex"])
-def test_every_stack_of_a_run_attends_as_it_is_told(attention: Any) -> None:
+def test_every_stack_that_is_trained_attends_as_it_is_told(attention: Any) -> None:
     config = BenchConfig(name="pretrain", preset="tiny", clips=2, seconds=1.0)
     task, train, _ = our_task(config)
     training_process(config)
     Engine(task.module, train.model_copy(update={"attention": attention}))
-    stacks = [one for one in task.module.modules() if isinstance(one, TransformerStack)]
-    assert [stack.attention_backend for stack in stacks] == [attention] * 2  # of encoder and predictor
+    assert [stack.attention_backend for stack in stacks_of(task.module)] == [attention] * 2  # of encoder and predictor
 
 
 @pytest.mark.slow
