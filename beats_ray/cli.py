@@ -21,6 +21,7 @@ import click
 import yaml
 
 from beats_ray import __version__, config
+from beats_ray.bench.cases import ABOUT
 from beats_ray.capacity.settings import PlanConfig, SimulateConfig
 from beats_ray.config import Job, UserError, load_config
 from beats_ray.console import Console
@@ -155,14 +156,16 @@ def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: con
         if isinstance(default, config.Section):
             lines.append(_describe_fields(type(default), f"{prefix}{name}.", default))
         else:
-            shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}]"
+            choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+            others = "".join(f" | {one}" for one in choices if one != default)
+            shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}{others}]"
             text = " ".join((field.description or "").split())
             first, *papers = re.split(r" (?=Paper\b[^:.]*: )", text)
             said = [re.split(r"\.\s|;", first)[0], *(re.split(r"\.\s", one)[0] for one in papers)]
             lines.append(
                 f"  {prefix}{name}{shown if len(shown) < 60 else ''}  {'. '.join(one.rstrip('.') for one in said)}"
             )
-    return "\n".join(lines) if prefix else "\b\nSettings [default]:\n" + "\n".join(lines)
+    return "\n".join(lines) if prefix else "\b\nSettings [default | others]:\n" + "\n".join(lines)
 
 
 _KINDS = typing.get_args(config.PrepareConfig.model_fields["kind"].annotation)
@@ -339,10 +342,16 @@ def predict(model: str, files: tuple[str, ...], top_k: int, as_json: bool) -> No
     _load("predict:run_predict")(model, list(files), top_k, as_json)
 
 
-@cli.command(epilog=_describe_fields(config.BenchConfig))
-@click.argument(
-    "name", type=click.Choice([*typing.get_args(config.BenchConfig.model_fields["name"].annotation), "guard"])
-)
+def _describe_benches() -> str:
+    lines = []
+    for name, text in ABOUT.items():
+        own = " ".join(f"{key}={value}" for key, value in config.BenchConfig.defaults.get(name, {}).items())
+        lines.append(f"  {name}: {text}{f'; by default {own}' if own else ''}")
+    return "\b\nBenchmarks:\n" + "\n".join(lines) + "\n\n" + _describe_fields(config.BenchConfig)
+
+
+@cli.command(epilog=_describe_benches())
+@click.argument("name", metavar="BENCHMARK", type=click.Choice(list(ABOUT)))
 @click.argument("overrides", metavar="[field=value ...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.option("--store", is_flag=True, help="guard: store the ratios that are measured instead of comparing them.")

@@ -883,6 +883,8 @@ class BenchConfig(Section):
     micro_batch_size: PositiveInt = 4
     """Clips of a micro-batch of end-to-end, whose optimizer steps have four of them, or one for each of more workers;
     for a GPU some 64."""
+    minutes: PositiveFloat = 7.0
+    """What gpu takes at most; a part that is not measured by then is named, and the exit status is 1."""
     same_allocator: bool = False
     """Whether on a CPU every process allocates memory as our workers do; else ours alone does, others as Python starts
     them."""

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -27,6 +28,7 @@ from beats_ray.config import ConfigError, RaySettings, StreamSettings, TrainSett
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 _RAY_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -60,6 +62,19 @@ def allocator_environment() -> dict[str, str]:
     return found | ({"LD_PRELOAD": JEMALLOC_SO} if JEMALLOC_SO else {})  # there is none for some platforms
 
 
+def check_answers(address: str) -> None:
+    """ConfigError where nobody listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in host or not port.isdigit():  # auto, or ray://
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray.address={address}: no cluster answers there ({error}); check RAY_ADDRESS, or set ray.address=local"
+        ) from None
+
+
 @contextlib.contextmanager
 def ray_cluster(settings: RaySettings) -> Iterator[None]:
     """Connects to a cluster or starts a private one for the time of the block."""
@@ -71,6 +86,7 @@ def ray_cluster(settings: RaySettings) -> Iterator[None]:
     joins = settings.address not in ("auto", "local") or (settings.address == "auto" and "RAY_ADDRESS" in os.environ)
     if joins:
         address = os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address
+        check_answers(address)
         try:
             with _keeping_sigterm():
                 ray.init(address=address, log_to_driver=False)

@@ -75,6 +75,8 @@ class Case:
     """The device on which alone there is something to it; any where empty."""
     only_in: str = ""
     """The precision of the run in which alone it is measured; any where empty."""
+    names_allocator: bool = False
+    """Whether it is a row of its own for our allocator, and the same as another one with `same_allocator`."""
     asked_for: bool = False
     """Whether it is measured only where `cases` names it."""
 
@@ -84,7 +86,8 @@ class Case:
 
     def is_for(self, config: BenchConfig) -> bool:
         """Whether a run measures it."""
-        return self.only_on in ("", config.device) and self.only_in in ("", config.precision)
+        fits = self.only_on in ("", config.device) and self.only_in in ("", config.precision)
+        return fits and not (self.names_allocator and config.same_allocator)
 
 
 MOST_WORKERS = 4
@@ -414,7 +417,26 @@ _OPENBEATS_STEP = partial(_plain_encoder, plain=openbeats_encoder)
 _ENCODER = _cost("encoder_step")
 _FINETUNING = _cost("finetuning_step")
 _RANDOM_LABELS = _cost("random_labels")
+_OUR_ALLOCATOR: dict[str, Any] = {"as_worker": True, "only_on": "cpu", "names_allocator": True}
 _DISTILLED_LABELS = _cost("distilled_labels")
+
+ABOUT = {
+    "ceilings": "each stage beside what a matrix product and a copy in memory allow",
+    "checkpoint": "what resume checkpoints cost, as 50 steps with and without",
+    "compiled": "our whole steps, compiled by PyTorch and not",
+    "data": "one pass over a data set, beside PyTorch's DataLoader, webdataset and the bare decoder",
+    "encoder": "one training step of an encoder, beside the published formula and ESPnet's",
+    "end-to-end": "whole runs on a cluster: workers, growing data sets, sweeps, and what a start is made of",
+    "fbank": "filterbanks, beside torchaudio clip by clip",
+    "finetune": "one whole step of fine-tuning, beside plain PyTorch with the others' encoders",
+    "gpu": "all that needs no cluster, on one GPU, and where its time goes; the table comes last",
+    "guard": "the ratios of several of these, beside stored ones",
+    "padding": "our whole steps on clips of unequal length, padding left out of the layers and computed",
+    "pretrain": "one step of masked pre-training, the encoder's and a worker's whole",
+    "profile": "the kernels of a whole pre-training step",
+    "tokenize": "patch labels, beside what one would write",
+}
+"""What each benchmark measures."""
 
 BENCHES: dict[str, tuple[Case, ...]] = {
     "ceilings": (
@@ -433,7 +455,7 @@ BENCHES: dict[str, tuple[Case, ...]] = {
     "fbank": (
         Case("beats_ray, one batch", _batched_fbank, as_worker=True),
         Case("torchaudio, clip by clip", _kaldi_fbank),
-        Case("torchaudio, clip by clip, our allocator", _kaldi_fbank, as_worker=True, only_on="cpu"),
+        Case("torchaudio, clip by clip, our allocator", _kaldi_fbank, **_OUR_ALLOCATOR),
     ),
     "checkpoint": (
         Case("50 steps, no checkpoint", _lazily("no_checkpoint", "checkpoint_cases"), as_worker=True),
@@ -463,14 +485,13 @@ BENCHES: dict[str, tuple[Case, ...]] = {
         Case("beats_ray, flex attention", partial(_our_encoder, flex=True), cost=_ENCODER, only_on="cuda"),
         Case("published formula", _FORMULA_STEP, cost=_ENCODER),
         Case("openbeats (ESPnet)", _OPENBEATS_STEP, package="openbeats", cost=_ENCODER),
-        Case("published formula, our allocator", _FORMULA_STEP, cost=_ENCODER, as_worker=True, only_on="cpu"),
+        Case("published formula, our allocator", _FORMULA_STEP, cost=_ENCODER, **_OUR_ALLOCATOR),
         Case(
             "openbeats (ESPnet), our allocator",
             _OPENBEATS_STEP,
             package="openbeats",
             cost=_ENCODER,
-            as_worker=True,
-            only_on="cpu",
+            **_OUR_ALLOCATOR,
         ),
     ),
     "end-to-end": (

@@ -76,12 +76,13 @@ class Failed:
     reason: str
 
 
-def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
-    """The cases that were chosen and can run here, and for each that cannot its name and what it lacks.
+def cases_of(config: BenchConfig) -> tuple[list[Case], dict[str, list[str]]]:
+    """The cases that were chosen and can run here, and for each reason why others cannot their names.
 
     ConfigError where a case is chosen that the benchmark has not.
     """
-    cases, lacking = [], []
+    cases: list[Case] = []
+    lacking: dict[str, list[str]] = {}
     here = [case for case in BENCHES[config.name] if case.is_for(config)]
     chosen = config.cases or tuple(case.name for case in here if not case.asked_for)
     unknown = sorted(set(chosen) - {case.name for case in here})
@@ -91,11 +92,11 @@ def cases_of(config: BenchConfig) -> tuple[list[Case], list[str]]:
     gpus = _visible_gpus() if config.device == "cuda" and not config.output else None
     for case in (case for case in here if case.name in chosen):
         if not case.available():
-            lacking.append(f"{case.name} (package {case.package} is not installed)")
+            lacking.setdefault(f"package {case.package} is not installed", []).append(case.name)
         elif gpus is not None and case.workers > gpus:
-            lacking.append(f"{case.name} (needs {case.workers} GPUs, {gpus} visible)")
+            lacking.setdefault(f"more GPUs needed than the {gpus} visible", []).append(case.name)
         elif config.output and not case.joins_a_cluster:
-            lacking.append(f"{case.name} (has a cluster of its own on this machine; leave output out)")
+            lacking.setdefault("on a cluster of its own without output", []).append(case.name)
         else:
             cases.append(case)
     return cases, lacking
@@ -121,13 +122,14 @@ def measure(
     failed: dict[str, Failed] = {}
     for turn in range(config.rounds):
         for group in _groups([case for case in cases if case.name not in failed], config):
-            tell(f"round {turn + 1}/{config.rounds}: {', '.join(case.name for case in group)}")
+            if deadline is None or time.monotonic() < deadline:
+                tell(f"round {turn + 1}/{config.rounds}: {', '.join(case.name for case in group)}")
             for one in _in_a_process(group, config, deadline):
                 if isinstance(one, Failed):
                     failed[one.case] = one
                 else:
                     found[one.case].append(one)
-    measured = [_merged(found[case.name]) for case in cases if case.name not in failed]
+    measured = [merge_rounds(found[case.name]) for case in cases if case.name not in failed]
     return _over_one_peak(measured, {case.name for case in cases if case.in_fp32}), list(failed.values())
 
 
@@ -145,7 +147,7 @@ def _groups(cases: list[Case], config: BenchConfig) -> list[list[Case]]:
     return [cases] if cases and _device_of(config) == "cuda" else [[case] for case in cases]
 
 
-def _merged(rounds: list[Measured]) -> Measured:
+def merge_rounds(rounds: list[Measured]) -> Measured:
     """One case over all rounds."""
     joules = [one.joules_per_clip for one in rounds if one.joules_per_clip is not None]
     waits = [one.data_wait for one in rounds if one.data_wait is not None]

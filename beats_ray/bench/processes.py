@@ -82,6 +82,7 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 def _run(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGTERM, _stop)
+    os.dup2(2, 1)  # what others print there is not part of the caller's JSON
     work(sender.send, *arguments)
     sender.close()
 

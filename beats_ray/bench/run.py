@@ -12,6 +12,10 @@ from beats_ray.bench.floor import find_floors, show_floors
 from beats_ray.bench.measure import Failed, Measured, cases_of, measure
 from beats_ray.config import BenchConfig, ConfigError
 from beats_ray.console import Console
+from beats_ray.launch import check_answers
+
+FEWEST_STEPS = 3
+"""Below this a table says that its ratios are worth little."""
 
 
 def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> int:
@@ -30,10 +34,10 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> i
 
         return run_profile(config, console, as_json)
     tell = say_nothing if as_json else console.note
-    tell(f"bench {config.name}: {describe(config)}")
     _, lacking = cases_of(config)
-    if lacking:
-        tell(f"left out: {', '.join(lacking)}")
+    tell(f"bench {config.name}: {describe(config)}")
+    for reason, names in lacking.items():
+        tell(f"left out, {reason}: {'; '.join(names)}")
     measured, failed = measure(config, tell)
     if as_json:
         print(json.dumps({"config": config.model_dump(mode="json")} | report(config, measured, failed)))
@@ -45,10 +49,15 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> i
 
 def describe(config: BenchConfig) -> str:
     """What is measured, and on what, in one line."""
-    threads = f", {config.threads} threads" if config.device == "cpu" else ""
-    clips = f"{config.num_clips} clips of {config.seconds:g} s"
+    threads = f", {_count(config.threads, 'thread')}" if config.device == "cpu" else ""
+    clips = f"{_count(config.num_clips, 'clip')} of {config.seconds:g} s"
     model = "" if config.name in ("data", "fbank") else f"{config.preset} encoder, {_precision(config)}, "
-    return f"{model}{clips}, {config.device}{threads}"
+    allocator = ", one allocator for all" if config.same_allocator else ""
+    return f"{model}{clips}, {config.device}{threads}{allocator}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _precision(config: BenchConfig) -> str:
@@ -68,6 +77,10 @@ def check_device(config: BenchConfig) -> None:
         raise ConfigError(
             f"output={config.output}: no cluster to join; submit it as a job, set RAY_ADDRESS, or leave output out"
         )
+    if config.output:
+        check_answers(os.environ["RAY_ADDRESS"])  # before clips are written
+    if config.name not in ("data", "fbank") and not patches_of_clip(config):
+        raise ConfigError(f"seconds={config.seconds:g}: shorter than one patch; use 0.2 or more")
     if config.device == "cuda" and not config.output:
         import torch
 
@@ -117,8 +130,27 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console) -> No
         return
     columns = figures(config, measured)
     console.table(f"bench {config.name}", list(columns), list(zip(*columns.values(), strict=True)))
+    _show_parts(measured, console)
+    if len(measured) > 1:
+        console.note("ratio: over the row in `beside`, or else the first; above 1 takes longer, or more memory")
+    few = min((len(one.step_ms) for one in measured), default=0)
+    if few < FEWEST_STEPS:
+        console.note(f"measured steps of a case: {few}; read no ratio from fewer than {FEWEST_STEPS}")
     if any(one.mfu is not None for one in measured):
         console.note(f"MFU: model FLOPs without what is computed twice, over {_peaks(measured)}")
+
+
+def _show_parts(measured: list[Measured], console: Console) -> None:
+    """What a start is made of, and what else is worth a column, in a table of its own."""
+    parts = list(dict.fromkeys(part for one in measured for part in one.parts_s))
+    if not parts:
+        return
+    rows = [
+        [one.case, *(f"{statistics.median(one.parts_s[part]):.1f}" if part in one.parts_s else "-" for part in parts)]
+        for one in measured
+        if one.parts_s
+    ]
+    console.table("parts of the start, seconds", ["case", *parts], rows)
 
 
 def _peaks(measured: list[Measured]) -> str:
@@ -159,11 +191,6 @@ def figures(config: BenchConfig, measured: list[Measured]) -> dict[str, Sequence
         "peak MiB": [f"{one.peak_mib:.0f}" for one in measured],
         "memory, ratio": [ratio(one, lambda case: max(case.peak_mib, 1.0)) for one in measured],
     }
-    parts = {f"{part}, s": part for one in measured for part in one.parts_s}
-    for title, part in parts.items():
-        columns[title] = [
-            f"{statistics.median(one.parts_s[part]):.1f}" if part in one.parts_s else "-" for one in measured
-        ]
     said = {name: values for name, values in columns.items() if name == "case" or any(one != "-" for one in values)}
     if all(float(value) == 0.0 for value in said.get("start ms", ())):
         said.pop("start ms", None)

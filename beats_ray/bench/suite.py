@@ -2,10 +2,10 @@
 
     make bench-gpu                              # in the environment of this repository
     make bench-gpu PYTHON=/opt/conda/bin/python # or in one that a machine brings along
-    beats-ray bench gpu device=cpu preset=tiny clips=2 seconds=2 repetitions=1 warmup=1     # a rehearsal
+    beats-ray bench gpu device=cpu preset=tiny clips=2 seconds=2 repetitions=1 warmup=1 minutes=30    # a rehearsal
 
-The parts come in the order of what they are worth. What is not measured when the time is up is named, and the status is
-then 1, as where a part fails.
+The parts come in the order of what they are worth. What is not measured when the time (`minutes`) is up is named, and
+the status is then 1, as where a part fails.
 """
 
 import json
@@ -16,11 +16,10 @@ from typing import Any
 from beats_ray.bench.floor import show_floors
 from beats_ray.bench.measure import Failed, Measured, measure
 from beats_ray.bench.profile import Profile, profile_apart, show_profile
-from beats_ray.bench.run import describe, figures, name_failures, report, say_nothing
+from beats_ray.bench.run import describe, figures, name_failures, reference_of, report, say_nothing
 from beats_ray.config import BenchConfig
 from beats_ray.console import Console
 
-LIMIT_SECONDS = 7.0 * 60.0
 PARTS: dict[str, int] = {"pretrain": 64, "ceilings": 32, "profile": 64, "finetune": 32, "encoder": 32, "tokenize": 64,
                          "fbank": 256, "padding": 32, "compiled": 32}  # fmt: skip
 """The parts and their clips of 10 s, which the base encoder and the published formula fit into 80 GB with."""
@@ -31,10 +30,10 @@ def part_of(config: BenchConfig, name: str) -> BenchConfig:
     return config.model_copy(update={"name": name, "clips": config.clips or PARTS[name]})
 
 
-def run_suite(config: BenchConfig, console: Console, as_json: bool = False, limit_s: float = LIMIT_SECONDS) -> int:
+def run_suite(config: BenchConfig, console: Console, as_json: bool = False) -> int:
     """Measures all parts and prints them, or one JSON object; returns the exit status."""
     tell = say_nothing if as_json else console.note
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + 60.0 * config.minutes
     found: dict[str, tuple[list[Measured], list[Failed]]] = {}
     profile: Profile | str = ""
     for name in PARTS:
@@ -92,7 +91,9 @@ def _joint_table(
     config: BenchConfig, found: dict[str, tuple[list[Measured], list[Failed]]]
 ) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of all parts, each beside its own reference."""
-    titles = ("case", "ms/step, median", "clips/s", "MFU", "J/clip", "time, ratio", "peak MiB", "memory, ratio")
+    titles = (
+        "case", "ms/step, median", "clips/s", "MFU", "J/clip", "beside", "time, ratio", "peak MiB", "memory, ratio"
+    )  # fmt: skip
     rows: list[list[str]] = []
     for name, (measured, _) in found.items():
         if name == "ceilings" or not measured:
@@ -102,6 +103,7 @@ def _joint_table(
             "time, ratio" if title.startswith("time / ") else title: values
             for title, values in figures(part, measured).items()
         }
+        columns.setdefault("beside", [reference_of(part, one.case) for one in measured])
         nothing = ["-"] * len(measured)
         cells = zip(*(columns.get(title, nothing) for title in titles), strict=True)
         rows += ([name, str(part.num_clips), *row] for row in cells)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from beats_ray.config import ConfigError, TrainSettings
+from beats_ray.models.attention import GatedSelfAttention
 from beats_ray.models.transformer import stacks_of
 from beats_ray.train.extras import check_keys, merge_extras
 from beats_ray.train.optimizer import build_optimizer, learning_rate
@@ -78,6 +79,16 @@ def _check_sections(config: Mapping[str, Any]) -> None:
             ) from None
 
 
+def check_attention(module: nn.Module, settings: TrainSettings) -> None:
+    """ConfigError where a stack of the module drops attention weights and the kernel can not."""
+    dropouts = [one.dropout for one in module.modules() if isinstance(one, GatedSelfAttention) and one.dropout]
+    if settings.attention == "flex" and dropouts:
+        raise ConfigError(
+            f"train.attention=flex cannot drop attention weights, and attention_dropout={dropouts[0]}; set it to 0 in "
+            "encoder.overrides, or train.attention=auto"
+        )
+
+
 class Engine:
     """A module under DeepSpeed ZeRO, with the learning rate set by the step.
 
@@ -115,6 +126,7 @@ class Engine:
         if settings.averages_weights:
             for _, flat in self._flat_parameters():
                 self._adamw.state[flat][AVERAGE].copy_(flat.detach())
+        check_attention(module, settings)
         if settings.attention != "auto":
             for stack in stacks_of(module):
                 stack.use(attention_backend=settings.attention)

@@ -39,6 +39,7 @@ from beats_ray.train.checks import (
     resolve_settings,
     training_part,
 )
+from beats_ray.train.engine import check_attention
 from beats_ray.train.flops import (
     RunKind,
     num_codebooks_of_published,
@@ -165,6 +166,7 @@ def measure_model(config: RunConfig, manifest: DatasetManifest, published: Mappi
     """Counts the parameters of the run's own module, which is built without memory."""
     with torch.device("meta"):
         module, product, frozen = _build(config, manifest, published)
+    check_attention(module, config.train)
     frozen_values = sum(one.numel() for one in frozen.state_dict().values()) if frozen is not None else 0
     if isinstance(config, PretrainConfig) and not config.labels and frozen is None:
         one = _random_projection_values(published["config"]["tokenizer"])
@@ -275,11 +277,16 @@ def show_plan(plan: RunPlan, console: Console) -> None:
         batch += f"; {sound:,.0f} s of sound for the {train.global_batch_seconds:,.0f} s asked for"
     flops = [f"{_si(one)}FLOP a {what}" for one, what in ((plan.flops_per_clip, "clip"), (plan.flops_per_step, "step"))]
     kept = f"{plan.checkpoints_kept} kept: {_binary(plan.checkpoints_kept * plan.checkpoint_bytes)}"
+    hours = f"{plan.audio_hours:,.1f} h"
     shards_read = "once, or, streamed, in each epoch" if plan.kind == "finetune" else "per epoch"
     rows = [
         ("global batch", f"{train.global_batch_size} clips = {batch}"),
         ("epoch", f"{plan.clips_per_epoch:,} clips of {plan.clip_seconds:g} s, {plan.steps_per_epoch:,.1f} steps"),
-        ("run", f"{train.steps:,} steps, {plan.epochs:,.1f} epochs, {plan.clips:,} clips, {plan.audio_hours:,.1f} h"),
+        (
+            "run",
+            f"{train.steps:,} steps, {plan.epochs:,.1f} epochs, {plan.clips:,} clips, {hours} of sound",
+        ),
+        ("computed", _execution(train)),
         ("parameters", f"{size.trained:,} trained, {size.frozen:,} frozen"),
         ("model FLOPs", f"{', '.join(flops)}, {_si(plan.flops)}FLOP in all"),
         ("shards read", f"{_binary(plan.shard_bytes)} {shards_read}"),
@@ -288,6 +295,12 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     ]
     console.table(f"Plan of the run ({plan.kind})", ["", "what"], rows)
     _show_memory(plan, console)
+
+
+def _execution(train: TrainSettings) -> str:
+    """How the steps are computed; the estimates of memory are the same for either kernel, compiled or not."""
+    compiled = ["compiled"] * train.compile
+    return ", ".join([f"{train.precision}, ZeRO {train.zero_stage}, attention={train.attention}", *compiled])
 
 
 def _show_memory(plan: RunPlan, console: Console) -> None:

@@ -26,7 +26,7 @@ def bench(*arguments: str, **variables: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "beats_ray", "bench", *arguments, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["cases"]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["cases"]
     return rows
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from beats_ray.bench.cases import training_process
 from beats_ray.bench.pretrain_cases import our_task
 from beats_ray.config import BenchConfig, ConfigError, TrainSettings, validate
+from beats_ray.models import build_encoder
 from beats_ray.models.transformer import stacks_of
-from beats_ray.train.engine import Engine, deepspeed_config
+from beats_ray.train.engine import Engine, check_attention, deepspeed_config
 from beats_ray.train.optimizer import build_optimizer
 
 pytestmark = pytest.mark.unit
@@ -83,6 +84,13 @@ def test_every_stack_that_is_trained_attends_as_it_is_told(attention: Any) -> No
     training_process(config)
     Engine(task.module, train.model_copy(update={"attention": attention}))
     assert [stack.attention_backend for stack in stacks_of(task.module)] == [attention] * 2  # of encoder and predictor
+
+
+def test_attention_dropout_and_flex_exclude_each_other() -> None:
+    module = build_encoder("tiny", num_layers=1, attention_dropout=0.1)
+    check_attention(module, TrainSettings())
+    with pytest.raises(ConfigError, match=r"train.attention=flex cannot drop.*attention_dropout=0.1; set it to 0"):
+        check_attention(module, TrainSettings(attention="flex", use_gpu=True))
 
 
 @pytest.mark.slow
