@@ -158,6 +158,7 @@ def _describe_fields(kind: type[config.Section], prefix: str = "", defaults: con
         else:
             choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
             others = "".join(f" | {one}" for one in choices if one != default)
+            others = others if len(others) < 50 else " | ..."
             shown = "" if field.is_required() or default in ("", {}, ()) else f" [{default}{others}]"
             text = " ".join((field.description or "").split())
             first, *papers = re.split(r" (?=Paper\b[^:.]*: )", text)

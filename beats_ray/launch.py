@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,17 +63,25 @@ def allocator_environment() -> dict[str, str]:
     return found | ({"LD_PRELOAD": JEMALLOC_SO} if JEMALLOC_SO else {})  # there is none for some platforms
 
 
-def check_answers(address: str) -> None:
-    """ConfigError where nobody listens at HOST:PORT, for which Ray itself would wait for minutes."""
+def check_answers(address: str, setting: str = "ray.address") -> None:
+    """ConfigError where nobody listens at HOST:PORT within some seconds; Ray itself would wait for minutes.
+
+    setting: what the address was given as, for the message.
+    """
     host, separator, port = address.rpartition(":")
     if not separator or "/" in host or not port.isdigit():  # auto, or ray://
         return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(
-            f"ray.address={address}: no cluster answers there ({error}); check RAY_ADDRESS, or set ray.address=local"
-        ) from None
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{setting}={address}: no cluster answers there ({error}); check the address, or leave it out"
+                ) from None
+        time.sleep(0.5)  # a head that has just been started, or starts again
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Measured:
     told_mfu: float | None = None
     """As the training processes of a whole run report it."""
     parts_s: dict[str, list[float]] = field(default_factory=dict)
-    """Parts of the start, seconds."""
+    """Of the start, or what one trial takes, seconds."""
 
     @property
     def median_ms(self) -> float:

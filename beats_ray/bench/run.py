@@ -78,7 +78,7 @@ def check_device(config: BenchConfig) -> None:
             f"output={config.output}: no cluster to join; submit it as a job, set RAY_ADDRESS, or leave output out"
         )
     if config.output:
-        check_answers(os.environ["RAY_ADDRESS"])  # before clips are written
+        check_answers(os.environ["RAY_ADDRESS"], "RAY_ADDRESS")  # before clips are written
     if config.name not in ("data", "fbank") and not patches_of_clip(config):
         raise ConfigError(f"seconds={config.seconds:g}: shorter than one patch; use 0.2 or more")
     if config.device == "cuda" and not config.output:
@@ -141,7 +141,7 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console) -> No
 
 
 def _show_parts(measured: list[Measured], console: Console) -> None:
-    """What a start is made of, and what else is worth a column, in a table of its own."""
+    """What a start is made of, or what one part of the work takes, in a table of its own."""
     parts = list(dict.fromkeys(part for one in measured for part in one.parts_s))
     if not parts:
         return
@@ -150,7 +150,7 @@ def _show_parts(measured: list[Measured], console: Console) -> None:
         for one in measured
         if one.parts_s
     ]
-    console.table("parts of the start, seconds", ["case", *parts], rows)
+    console.table("seconds, of parts of the start or for a trial", ["case", *parts], rows)
 
 
 def _peaks(measured: list[Measured]) -> str:

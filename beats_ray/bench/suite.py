@@ -1,4 +1,4 @@
-"""`beats-ray bench gpu`: what a GPU does, in one go of under eight minutes; the table comes last.
+"""`beats-ray bench gpu`: what a GPU does, in one go of seven minutes; the table comes last.
 
     make bench-gpu                              # in the environment of this repository
     make bench-gpu PYTHON=/opt/conda/bin/python # or in one that a machine brings along

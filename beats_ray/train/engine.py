@@ -84,8 +84,8 @@ def check_attention(module: nn.Module, settings: TrainSettings) -> None:
     dropouts = [one.dropout for one in module.modules() if isinstance(one, GatedSelfAttention) and one.dropout]
     if settings.attention == "flex" and dropouts:
         raise ConfigError(
-            f"train.attention=flex cannot drop attention weights, and attention_dropout={dropouts[0]}; set it to 0 in "
-            "encoder.overrides, or train.attention=auto"
+            f"train.attention=flex cannot drop attention weights, and the encoder has attention_dropout={dropouts[0]}; "
+            "use train.attention=auto, or, for an encoder that is built anew, encoder.overrides.attention_dropout=0"
         )
 
 

@@ -264,8 +264,9 @@ def test_what_needs_a_cluster_of_its_own_is_left_out_on_one_that_is_there(monkey
         run_bench(joined, Console())
     with contextlib.closing(socket.socket()) as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr("beats_ray.launch.CONNECT_SECONDS", 0.2)
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{nobody.getsockname()[1]}")
-        with pytest.raises(ConfigError, match=f"ray.address={address}: no cluster answers there"):
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address}: no cluster answers there"):
             run_bench(joined, Console())
 
 

@@ -125,6 +125,24 @@ def test_noise_passes_when_it_is_measured_again_and_a_loss_does_not(
     assert "measured 1.538" in capsys.readouterr().out  # of the fastest
 
 
+@pytest.mark.parametrize(("peaks_mib", "status"), [([900.0, 500.0], 0), ([900.0, 900.0, 900.0], 1)])
+def test_memory_is_measured_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peaks_mib: list[float], status: int
+) -> None:
+    file = tmp_path / "ratios.yaml"
+    ratios = {"published formula": 1.5, "published formula, memory": 2.0}
+    file.write_text(yaml.safe_dump({"encoder": {"settings": {}, "ratios": ratios}}))
+    left = list(peaks_mib)
+
+    def measure(_config: BenchConfig, _tell: object) -> tuple[list[Measured], list[Failed]]:
+        ours, theirs = one("beats_ray", 10.0, peak_mib=left.pop(0)), one("published formula", 15.0, peak_mib=1000.0)
+        return [ours, theirs], []
+
+    monkeypatch.setattr(guard, "measure", measure)
+    assert run_guard(Console(), file=file) == status
+    assert not left
+
+
 def test_stored_anew_it_passes(file: Path, slow_down: Callable[[float], None]) -> None:
     slow_down(16.0)
     assert run_guard(Console(), file=file) == 1

@@ -89,7 +89,9 @@ def test_every_stack_that_is_trained_attends_as_it_is_told(attention: Any) -> No
 def test_attention_dropout_and_flex_exclude_each_other() -> None:
     module = build_encoder("tiny", num_layers=1, attention_dropout=0.1)
     check_attention(module, TrainSettings())
-    with pytest.raises(ConfigError, match=r"train.attention=flex cannot drop.*attention_dropout=0.1; set it to 0"):
+    with pytest.raises(
+        ConfigError, match=r"train.attention=flex cannot drop.*attention_dropout=0.1; use train.attention=auto"
+    ):
         check_attention(module, TrainSettings(attention="flex", use_gpu=True))
 
 

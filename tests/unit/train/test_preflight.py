@@ -466,6 +466,13 @@ def test_settings_that_no_run_could_have_are_found_before_it(overrides: list[str
     assert [one for one in mistakes if one.startswith(message)]
 
 
+def test_a_kernel_that_cannot_drop_attention_weights_is_refused_before_a_run(places: Places) -> None:
+    given = [f"tokenizer={places.tokenizer}", *TINY[:1], *SMALL, "train.attention=flex", "train.use_gpu=true"]
+    plan_of("pretrain", PretrainConfig, places, *given)
+    with pytest.raises(ConfigError, match=r"train\.attention=flex cannot drop attention weights"):
+        plan_of("pretrain", PretrainConfig, places, *given, "encoder.overrides.attention_dropout=0.1")
+
+
 def test_a_released_file_that_is_not_there_is_named_with_its_field(places: Places, tmp_path: Path) -> None:
     overrides = [f"data.path={places.data}", f"output={tmp_path}/o", *SMALL, f"encoder={tmp_path}/none.pt"]
     mistakes = read_inputs("finetune", load_config(FinetuneConfig, None, overrides)).mistakes
