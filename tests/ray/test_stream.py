@@ -1,13 +1,11 @@
 """The stream from real shards: what is read, in which order it arrives, and that labels and crops stay together."""
 
-import contextlib
 import io
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +18,7 @@ from beats_ray.data.clips import clip_samples_of, example_decoder
 from beats_ray.data.flac import encode_flac
 from beats_ray.data.lanes import Dealing
 from beats_ray.data.manifest import DatasetManifest, RowGroup, Shard, read_manifest, shards_fingerprint
+from beats_ray.data.pacing import PAUSE_SECONDS, PauseWhileFull
 from beats_ray.data.parts import ClipPart
 from beats_ray.data.plan import LABELS_PER_PATCH_ROW, SAMPLES_PER_PATCH_ROW, build_plan, patch_labels_in
 from beats_ray.data.shards import check_labels, check_schema, clip_labels
@@ -590,42 +589,32 @@ def test_several_streams_give_the_same_global_batches_to_any_workers_cached_or_s
 
 @pytest.mark.ray
 def test_the_coordinator_of_a_full_stream_rests(
-    cluster: EmbeddedObjectStore, dataset: Place, monkeypatch: pytest.MonkeyPatch
+    cluster: EmbeddedObjectStore, dataset: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Beside one that turns without a pause, since how much of a core a round takes is the machine's."""
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    """By the rounds of its loop that do nothing: how much of a core each takes is the machine's."""
+    rounds = tmp_path / "rounds"
 
-    resting = share_of_a_full_stream(dataset)
-    monkeypatch.setattr("beats_ray.data.stream.PauseWhileFull", ExecutionCallback)
-    restless = share_of_a_full_stream(dataset)
-    assert resting < 0.5 * restless, f"{resting:.0%} and {restless:.0%} of a core, without a batch asked for"
+    class Counted(PauseWhileFull):
+        def on_execution_step(self, executor: Any) -> None:
+            done = self._done
+            super().on_execution_step(executor)
+            if self._done == done:
+                with rounds.open("a") as file:
+                    file.write(".")
 
-
-def share_of_a_full_stream(dataset: Place) -> float:
-    """Of a core, that a stream's coordinator takes once its buffers are full."""
+    monkeypatch.setattr("beats_ray.data.stream.PauseWhileFull", Counted)
     settings, dealing = SETTINGS.model_copy(update={"buffer_mib": 16}), Dealing(4, 4, num_workers=1)
-    before = {process.pid for process in coordinators()}
     (stream,) = build_streams(
         dataset, read_manifest(dataset), settings, dealing=dealing, seed=4, start_step=0, stop_step=1000
     )
     batches = iterate_micro_batches(stream.streaming_split(1, equal=True), dealing, 0, 1, first_step=0, stop_step=1000)
     next(batches)
     time.sleep(5.0)  # the buffers fill
-    (coordinator,) = [process for process in coordinators() if process.pid not in before]
-    seconds, begun = sum(coordinator.cpu_times()[:2]), time.monotonic()
+    before, begun = rounds.stat().st_size, time.monotonic()
     time.sleep(5.0)
-    share = (sum(coordinator.cpu_times()[:2]) - seconds) / (time.monotonic() - begun)
+    rate = (rounds.stat().st_size - before) / (time.monotonic() - begun)
     batches.close()
-    return share
-
-
-def coordinators() -> list[psutil.Process]:
-    """The processes of this cluster's streams."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
-            found += [process] if "SplitCoordinator" in " ".join(process.cmdline()) else []
-    return found
+    assert 0.0 < rate < 1.1 / PAUSE_SECONDS, f"{rate:.0f} rounds a second in which nothing was done"
 
 
 @pytest.mark.ray
