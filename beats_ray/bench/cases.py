@@ -77,8 +77,11 @@ class Case:
     """The precision of the run in which alone it is measured; any where empty."""
     names_allocator: bool = False
     """Whether it is a row of its own for our allocator, and the same as another one with `same_allocator`."""
-    asked_for: bool = False
-    """Whether it is measured only where `cases` names it."""
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether it is measured only where `cases` names it."""
+        return self.workers > MOST_WORKERS
 
     def available(self) -> bool:
         """Whether the package that the case needs is installed."""
@@ -256,10 +259,10 @@ def plain_step(config: BenchConfig, encoder: Any, num_classes: int, loss_of: Cal
 
 
 def _batched_fbank(config: BenchConfig) -> Step:
-    from beats_ray.models import compute_fbank, encoder_config, normalise_fbank
+    from beats_ray.models import compute_fbank, normalise_fbank
 
-    wave_BS, settings = random_waves(config), encoder_config("tiny")
-    return lambda: (normalise_fbank(compute_fbank(wave_BS)[0], settings.fbank_mean, settings.fbank_std), None)[1]
+    wave_BS = random_waves(config)
+    return lambda: (normalise_fbank(compute_fbank(wave_BS)[0]), None)[1]
 
 
 def _kaldi_fbank(config: BenchConfig) -> Step:
@@ -375,7 +378,7 @@ def _with_cost(name: str, key: str, only_in: str = "") -> Case:
 def _workers(workers: int) -> Case:
     """Pre-training on so many of them."""
     build = _lazily("pipeline", "end_to_end_cases", workers=workers)
-    return Case(f"{workers} workers", build, workers=workers, joins_a_cluster=True, asked_for=workers > MOST_WORKERS)
+    return Case(f"{workers} workers", build, workers=workers, joins_a_cluster=True)
 
 
 def _growing(name: str, build: Callable[..., Callable[[BenchConfig], Step]], **options: Any) -> tuple[Case, ...]:

@@ -130,16 +130,13 @@ def measure(
                 else:
                     found[one.case].append(one)
     measured = [merge_rounds(found[case.name]) for case in cases if case.name not in failed]
-    return _over_one_peak(measured, {case.name for case in cases if case.in_fp32}), list(failed.values())
+    return _over_one_peak(measured), list(failed.values())
 
 
-def _over_one_peak(measured: list[Measured], in_fp32: set[str]) -> list[Measured]:
-    """The same, with the fastest product of any process as the peak of all cases of one precision."""
-    peaks: dict[bool, float] = {}
-    for one in measured:
-        if one.peak_flops is not None:
-            peaks[one.case in in_fp32] = max(one.peak_flops, peaks.get(one.case in in_fp32, 0.0))
-    return [one if one.peak_flops is None else replace(one, peak_flops=peaks[one.case in in_fp32]) for one in measured]
+def _over_one_peak(measured: list[Measured]) -> list[Measured]:
+    """The same, with the fastest product of any process as the peak of all; the cases are of one precision."""
+    peak = max((one.peak_flops for one in measured if one.peak_flops is not None), default=None)
+    return [one if one.peak_flops is None else replace(one, peak_flops=peak) for one in measured]
 
 
 def _groups(cases: list[Case], config: BenchConfig) -> list[list[Case]]:

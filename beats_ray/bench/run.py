@@ -24,7 +24,7 @@ def run_bench(config: BenchConfig, console: Console, as_json: bool = False) -> i
     Each case is set beside its reference, which is the first one unless it says otherwise. A case that fails is named
     after the figures of the others, and the status is 1.
     """
-    check_device(config)
+    check_settings(config)
     if config.name == "gpu":
         from beats_ray.bench.suite import run_suite
 
@@ -69,8 +69,8 @@ def say_nothing(_text: str) -> None:
     """Where JSON is all that is printed."""
 
 
-def check_device(config: BenchConfig) -> None:
-    """ConfigError where the device is not there, or a folder has no use."""
+def check_settings(config: BenchConfig) -> None:
+    """ConfigError for a device or a cluster that is not there, a folder without a use, and clips without a patch."""
     if config.output and config.name != "end-to-end":
         raise ConfigError(f"output={config.output}: bench {config.name} writes nothing; leave it out")
     if config.output and "RAY_ADDRESS" not in os.environ:
@@ -137,7 +137,7 @@ def _show(config: BenchConfig, measured: list[Measured], console: Console) -> No
     if few < FEWEST_STEPS:
         console.note(f"measured steps of a case: {few}; read no ratio from fewer than {FEWEST_STEPS}")
     if any(one.mfu is not None for one in measured):
-        console.note(f"MFU: model FLOPs without what is computed twice, over {_peaks(measured)}")
+        console.note(f"MFU: model FLOPs without what is computed twice, over {_peak(measured)}")
 
 
 def _show_parts(measured: list[Measured], console: Console) -> None:
@@ -153,16 +153,11 @@ def _show_parts(measured: list[Measured], console: Console) -> None:
     console.table("seconds, of parts of the start or for a trial", ["case", *parts], rows)
 
 
-def _peaks(measured: list[Measured]) -> str:
-    peaks = [one.peak_flops for one in measured if one.peak_flops is not None]
-    if not peaks:
+def _peak(measured: list[Measured]) -> str:
+    peak = next((one.peak_flops for one in measured if one.peak_flops is not None), None)  # which all have
+    if peak is None:
         return "the GPU's data sheet, as the workers report it"
-    shown = (
-        f"{min(peaks) / 1e12:.3g}"
-        if max(peaks) < 1.005 * min(peaks)
-        else f"{min(peaks) / 1e12:.3g}-{max(peaks) / 1e12:.3g}"
-    )
-    return f"{shown} TFLOP/s: the GPU's data sheet, or the fastest matrix product of the run"
+    return f"{peak / 1e12:.3g} TFLOP/s: the GPU's data sheet, or the fastest matrix product of the run"
 
 
 def figures(config: BenchConfig, measured: list[Measured]) -> dict[str, Sequence[str]]:

@@ -9,7 +9,9 @@ Labels are those of a distilled tokenizer of the run's encoder; all weights are 
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console as RichConsole
 
@@ -18,6 +20,7 @@ from beats_ray.bench.data_cases import encoded_clips, write_shards
 from beats_ray.bench.end_to_end_cases import STORE_MIB, peak_memory, publish_encoder
 from beats_ray.config import BenchConfig, RaySettings
 from beats_ray.console import Console
+from beats_ray.data.storage import Place, open_place
 
 FIRST_CLIPS = 16
 FIRST_TRIALS = 2
@@ -43,43 +46,46 @@ def prepare_stage(config: BenchConfig, times: int) -> Step:
 def labels_stage(config: BenchConfig, times: int) -> Step:
     """A prepared data set to patch labels."""
     from beats_ray.bench.tokenize_cases import fitted_tokenizer
-    from beats_ray.config import StreamSettings, TokenizeConfig
-    from beats_ray.data.storage import open_place
+    from beats_ray.config import TokenizeConfig
     from beats_ray.inference import publish
     from beats_ray.tokenize import run_tokenize
 
-    def stage(clips: int, scratch: Path) -> Callable[[], object]:
-        tokenizer = scratch / "tokenizer"
-        if not tokenizer.exists():
-            publish(fitted_tokenizer(config), open_place(str(tokenizer)))
-        settings = TokenizeConfig(
-            output=str(scratch / f"labels-{clips}"),
-            data=StreamSettings(path=write_shards(config.model_copy(update={"clips": clips}))),
-            tokenizer=str(tokenizer),
-            use_gpu=config.device == "cuda",
-        )
-        return lambda: run_tokenize(settings, _on_stderr())
+    def publish_tokenizer(place: Place) -> None:
+        publish(fitted_tokenizer(config), place)
 
-    return _measured(stage, config.num_clips * times)
+    return _with_a_model(config, times, publish_tokenizer, TokenizeConfig, "tokenizer", run_tokenize)
 
 
 def embed_stage(config: BenchConfig, times: int) -> Step:
     """A prepared data set to one vector a clip."""
-    from beats_ray.config import EmbedConfig, StreamSettings
-    from beats_ray.data.storage import open_place
+    from beats_ray.config import EmbedConfig
     from beats_ray.embed import run_embed
 
+    return _with_a_model(config, times, partial(publish_encoder, config), EmbedConfig, "model", run_embed)
+
+
+def _with_a_model(
+    config: BenchConfig,
+    times: int,
+    publish_model: Callable[[Place], None],
+    kind: Any,
+    name: str,
+    run: Callable[[Any, Console], object],
+) -> Step:
+    """A stage whose config, of this kind, names its published model so."""
+    from beats_ray.config import StreamSettings
+
     def stage(clips: int, scratch: Path) -> Callable[[], object]:
-        encoder = scratch / "encoder"
-        if not encoder.exists():
-            publish_encoder(config, open_place(str(encoder)))
-        settings = EmbedConfig(
-            output=str(scratch / f"vectors-{clips}"),
+        model = open_place(str(scratch / "model"))
+        if not model.exists():
+            publish_model(model)
+        settings = kind(
+            output=str(scratch / f"output-{clips}"),
             data=StreamSettings(path=write_shards(config.model_copy(update={"clips": clips}))),
-            model=str(encoder),
             use_gpu=config.device == "cuda",
+            **{name: model.uri},
         )
-        return lambda: run_embed(settings, _on_stderr())
+        return lambda: run(settings, _on_stderr())
 
     return _measured(stage, config.num_clips * times)
 
@@ -89,7 +95,6 @@ def sweep_stage(config: BenchConfig, trials: int) -> Step:
     from beats_ray.config import PrepareConfig, SweepConfig
     from beats_ray.data.prepare import prepare
     from beats_ray.data.sample import make_sample_set
-    from beats_ray.data.storage import open_place
     from beats_ray.tune.sweep import run_sweep
 
     def stage(trials: int, scratch: Path) -> Callable[[], object]:

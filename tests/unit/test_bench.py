@@ -424,6 +424,7 @@ def test_a_case_is_set_beside_one_of_its_own_benchmark() -> None:
         names = {case.name for case in cases}
         assert len(names) == len(cases), name
         assert {case.beside for case in cases} <= names | {""}, name
+        assert len({case.in_fp32 for case in cases}) == 1, name  # they have one peak
 
 
 def test_the_suite_measures_every_part_and_ends_with_one_table(

@@ -89,7 +89,7 @@ def test_every_command_in_the_pages_exists() -> None:
                 assert words[2] in ABOUT, f"{page.name}: {line}"
             if words[1] == "bench" and len(words) > 2 and words[2] in BENCHES:
                 config = load_config(BenchConfig, None, [word for word in words[3:] if "=" in word], name=words[2])
-                assert set(config.cases) <= {case.name for case in BENCHES.get(words[2], ())}, f"{page.name}: {line}"
+                assert set(config.cases) <= {case.name for case in BENCHES[words[2]]}, f"{page.name}: {line}"
     assert {"prepare", "iterate", "predict", "embed", "import", "export", "bench"} <= seen
 
 
